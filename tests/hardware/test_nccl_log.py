@@ -496,3 +496,5 @@ def test_json_of_a_program_of_another_name_is_judged_by_its_results(tmp_path: Pa
         read_nccl_log(write(tmp_path, document(config={"ngpus": 2, "aggregated_iterations": 16, "devices": [{}]})))
     with pytest.warns(UserWarning, match="the host waited for each all-reduce"):
         read_nccl_log(write(tmp_path, document(config={"ngpus": 2, "blocking_collectives": "true", "devices": [{}]})))
+    with pytest.warns(UserWarning, match="there was no warm-up"):
+        read_nccl_log(write(tmp_path, document(config={"ngpus": 2, "warmup_iters": 0, "devices": [{}]})))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from pathlib import Path
@@ -56,6 +57,17 @@ PLACES = {
 }
 
 
+def listed(*places: object) -> str:
+    """The list of the ranks that name these GPUs."""
+    return "".join(
+        "#  Rank {0:2d} Group  0 Pid {0:6d} on {1} device {2:>2} [{3}] NVIDIA H100\n".format(i, *str(place).split())
+        for i, place in enumerate(places)
+    )
+
+
+FOUR = "  1073741824     268435456     float     sum      -1    11000   97.61  146.42       0\n"  # 97.61 · 1.5
+
+
 @pytest.mark.parametrize("launched", [False, True])
 @pytest.mark.parametrize("case", PLACES)
 def test_a_host_name_of_which_a_gpu_is_listed_twice_is_that_of_several_nodes(
@@ -64,14 +76,61 @@ def test_a_host_name_of_which_a_gpu_is_listed_twice_is_that_of_several_nodes(
     """The line that launched the run then says how many, else nobody does."""
     *places, nodes = PLACES[case]
     assert all(isinstance(place, str) for place in places)
-    ranks = "".join(
-        "#  Rank {0:2d} Group  0 Pid {0:6d} on {1} device {2:>2} [{3}] NVIDIA H100\n".format(i, *str(place).split())
-        for i, place in enumerate(places)
-    )
-    row = "  1073741824     268435456     float     sum      -1    11000   97.61  146.42       0\n"  # 97.61 · 1.5
     head = "#SBATCH --nodes=2\n" if launched else ""
-    (log,) = read_nccl_logs(write(tmp_path, head + ranks + row + TAIL))
+    (log,) = read_nccl_logs(write(tmp_path, head + listed(*places) + FOUR + TAIL))
     assert (log.num_gpus, log.num_nodes) == (4, 2 if launched and nodes is None else nodes)
+
+
+# Hosts, and whether some of them may be containers of one machine.
+HOSTS = [
+    (("a 0 0000:1b:00", "b 0 0000:43:00", "c 0 0000:5b:00", "d 0 0000:6b:00"), 4, True),
+    (("a 0 0000:1b:00", "b 0 0000:43:00", "c 0 0000:1b:00", "d 0 0000:43:00"), 4, True),
+    (("a 0 0000:1b:00", "a 1 0000:43:00", "b 0 0000:5b:00", "b 1 0000:6b:00"), 2, True),
+    (("a 0 0000:1b:00", "b 0 0000:1b:00", "c 0 0000:1b:00", "d 0 0000:1b:00"), 4, False),  # as equal machines do
+    (("a 0 0000:1b:00", "a 1 0000:43:00", "b 0 0000:43:00", "b 1 0000:5b:00"), 2, False),  # one has it once
+    (("a 0 0x00", "b 0 0x00", "c 0 0x00", "d 0 0x00"), 4, False),
+]
+
+
+@pytest.mark.parametrize("launched", [False, True])
+@pytest.mark.parametrize(("places", "hosts", "may_share"), HOSTS)
+def test_hosts_without_a_bus_number_in_common_may_be_containers_of_one_machine(
+    tmp_path: Path, places: tuple[str, ...], hosts: int, may_share: bool, launched: bool
+) -> None:
+    """They are nodes with a warning, unless a launcher or the user says how many machines there were."""
+    head = f"srun -N {hosts} -n 4 ./x\n" if launched else ""
+    (log,) = read_nccl_logs(write(tmp_path, head + listed(*places) + FOUR + TAIL))
+    assert (log.num_nodes, log.may_share) == (hosts, may_share and not launched)
+    if not log.may_share:
+        assert with_nodes(log) == log
+        return
+    with pytest.warns(UserWarning, match=f"its {hosts} hosts may be containers"):
+        found = with_nodes(log)
+    assert with_nodes(found).num_nodes == hosts  # said once
+    assert with_nodes(log, 1).num_nodes == 1
+    with pytest.warns(UserWarning, match=f"number of nodes, {hosts + 1}, is ignored"):
+        assert with_nodes(log, hosts + 1).num_nodes == hosts
+
+
+@pytest.mark.parametrize(
+    ("before", "behind", "nodes"),
+    [
+        ("mpirun -np 4 -x NCCL_HOSTID=one ./x\n", "", None),
+        ("", "b:1:2 [0] NCCL INFO NCCL_HOSTID set by environment to one\n", None),
+        (
+            "mpirun -np 4 -x NCCL_HOSTID=one ./x\n",
+            "b:1:2 [0] NCCL INFO comm 0x5 rank 0 nRanks 4 nNodes 1 localRanks 4 localRank 0 MNNVL 0\n",
+            1,
+        ),
+    ],
+)
+def test_where_nccl_was_told_which_host_it_is_on_names_do_not_count(
+    tmp_path: Path, before: str, behind: str, nodes: int | None
+) -> None:
+    """As NVIDIA/nccl, issue 1781: two containers of one machine, so that NVLink is used."""
+    ranks = listed("a 0 0000:1b:00", "a 1 0000:43:00", "b 0 0000:5b:00", "b 1 0000:6b:00")
+    (log,) = read_nccl_logs(write(tmp_path, before + ranks + behind + FOUR + TAIL))
+    assert (log.num_gpus, log.num_nodes, log.may_share) == (4, nodes, False)
 
 
 def rates(*pairs: tuple[float, float]) -> str:
@@ -149,6 +208,16 @@ def test_processes_of_several_gpus_count_with_all_of_them(
     head = f"{launch}\n# nThread {process[0]} nGpus {process[1]} minBytes 8 maxBytes 33554432 step: 2(factor)\n"
     (log,) = read_nccl_logs(write(tmp_path, head + EIGHT + TAIL))
     assert (log.num_gpus, log.num_nodes) == (8, nodes)
+
+
+@pytest.mark.parametrize(("given", "nodes"), [(2, 2), (4, None)])
+def test_mpirun_uses_all_nodes_of_a_job_where_fewer_would_have_more_gpus_than_machines_have(
+    tmp_path: Path, given: int, nodes: int | None
+) -> None:
+    """16 GPUs: eight on each of two nodes; but four nodes may have room for eight each."""
+    row = EIGHT.replace("214.13", "229.43").replace("212.42", "227.59")
+    (log,) = read_nccl_logs(write(tmp_path, f"#SBATCH --nodes={given}\nmpirun -np 16 ./x\n{row}{TAIL}"))
+    assert (log.num_gpus, log.num_nodes) == (16, nodes)
 
 
 @pytest.mark.parametrize(("second", "nodes"), [("srun -N 4 -n 8 ./x\n", [2, 4]), ("", [2, 2])])
@@ -343,10 +412,20 @@ def test_an_algorithm_that_was_set_is_no_choice_of_nccl(tmp_path: Path, before: 
     assert all((said or "") in str(warning.message) for warning in caught)
 
 
-def test_a_graphs_replays_lack_the_launches(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="were replayed from a CUDA graph"):
-        read_nccl_log(write(tmp_path, HEAD.replace("agg iters: 1", "agg iters: 1 graph: 20") + FAST + TAIL))
-    assert read_nccl_log(write(tmp_path, HEAD.replace("agg iters: 1", "agg iters: 1 graph: 0") + FAST + TAIL))
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("agg iters: 1", "agg iters: 1 graph: 20", "were replayed from a CUDA graph"),
+        ("agg iters: 1", "agg iters: 1 graph: 0", None),
+        ("warmup iters: 5", "warmup iters: 0", "there was no warm-up"),
+        ("warmup iters: 5", "warmup iters: 10", None),
+    ],
+)
+def test_what_the_first_line_says_of_the_times_is_noted(tmp_path: Path, old: str, new: str, said: str | None) -> None:
+    assert old in HEAD
+    path = write(tmp_path, HEAD.replace(old, new) + FAST + TAIL)
+    with contextlib.nullcontext() if said is None else pytest.warns(UserWarning, match=said):
+        assert read_nccl_log(path).num_gpus == 2
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,17 @@ def test_runs_with_other_settings_are_not_averaged_in_silence():
         ("srun -N 2 -n 8 ./build/all_reduce_perf", 2),  # Slurm: nodes
         ("srun -N4 ./build/all_reduce_perf", 4),
         ("#SBATCH --nodes=2", 2),
+        ("#SBATCH --nodes=4\nmpirun -np 8 ./build/all_reduce_perf", None),  # on any of them
+        ("#SBATCH --nodes=4\nmpirun ./build/all_reduce_perf -n 20", 4),  # the test's own -n: iterations
+        ("#SBATCH --nodes=4\n#SBATCH --ntasks=8\nmpirun -np 8 ./build/all_reduce_perf", 4),
+        ("#SBATCH -N 4 -n 32\nmpirun -n 8 ./build/all_reduce_perf", None),
+        ("#SBATCH --nodes=4\n#SBATCH --gpus-per-node=2\nmpirun -np 8 ./build/all_reduce_perf", 4),
+        ("#SBATCH --nodes=4\n#SBATCH --gres=gpu:a100:8\nmpirun -np 8 ./build/all_reduce_perf", None),
+        ("#SBATCH --nodes=4 -G 8\nmpirun -np 8 ./build/all_reduce_perf", 4),
+        ("#SBATCH --nodes=4\nmpirun -np 8 --map-by node ./build/all_reduce_perf", 4),
+        ("#SBATCH --nodes=4 --ntasks-per-node=8\nmpirun -np 8 ./build/all_reduce_perf", 1),
+        ("salloc -N 4 mpirun -n 8 ./build/all_reduce_perf", None),
+        ("salloc -N 4 srun -n 8 ./build/all_reduce_perf", 4),
         ("srun --ntasks-per-node=8 ./build/all_reduce_perf", 1),
         ("mpirun -np 8 -map-by ppr:4:node:PE=6 ./build/all_reduce_perf", 2),
         ("mpirun -np 8 --map-by ppr:4:socket ./build/all_reduce_perf", None),  # on nodes of any number of sockets

@@ -43,6 +43,7 @@ class _JsonConfig(msgspec.Struct):
     nthreads: int = 1
     ngpus: int = 1
     aggregated_iterations: int = 1
+    warmup_iters: int = 1
     graph: int = 0
     blocking_collectives: bool | str = False  # nccl-tests quotes it
     devices: list[_JsonDevice] = []
@@ -83,8 +84,9 @@ def read_document(path: Path, text: str) -> tuple[NcclLog, ...]:
     config = run.config or _JsonConfig()
     section = Section(1, program if "_perf" in program else None)
     section.ended, section.aggregated = True, config.aggregated_iterations
-    section.graph = config.graph
+    section.graph, section.cold = config.graph, config.warmup_iters == 0
     section.forced = {found[1]: found[2] for text in run.env if (found := FORCED.match(text))}
+    section.launch = "\n".join(text for text in run.env if text.startswith("NCCL_HOSTID"))
     section.blocking = str(config.blocking_collectives).lower() == "true"
     section.version = None if run.nccl_version is None else str(run.nccl_version)
     for i, device in enumerate(config.devices or run.devices):

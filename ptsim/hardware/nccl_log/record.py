@@ -33,6 +33,7 @@ class NcclLog(msgspec.Struct, frozen=True, kw_only=True):
     gpus: tuple[str, ...]  # driver names
     version: str | None
     measurements: tuple[NcclMeasurement, ...]
+    may_share: bool = False  # some of its hosts name no bus number in common, as containers of one machine do
 
     @property
     def relative_jitter(self) -> float:
@@ -51,7 +52,8 @@ class NcclLog(msgspec.Struct, frozen=True, kw_only=True):
 def with_nodes(log: NcclLog, num_nodes: int | None = None, gpus_per_node: int | None = None) -> NcclLog:
     """The log with its number of nodes, which is the caller's where the log does not say it.
 
-    A number that the log contradicts is left out with a `UserWarning`.
+    A number that the log contradicts is left out with a `UserWarning`. Hosts that may be containers of one machine are
+    nodes, as NCCL takes them, with a `UserWarning`, unless the caller says how many machines there were.
 
     Args:
         log: a run.
@@ -62,19 +64,28 @@ def with_nodes(log: NcclLog, num_nodes: int | None = None, gpus_per_node: int | 
         FileFormatError: nothing tells the number, or there cannot be so many nodes.
     """
     if log.num_nodes is not None:
+        if log.may_share and num_nodes is not None and 1 <= num_nodes <= log.num_nodes:
+            return msgspec.structs.replace(log, num_nodes=num_nodes, may_share=False)
         if num_nodes not in (None, log.num_nodes):
             warnings.warn(
                 f"{log.path}: the given number of nodes, {num_nodes}, is ignored: the log itself says that its "
                 f"{log.num_gpus} GPUs were on {log.num_nodes}",
                 stacklevel=2,
             )
-        return log
+        elif log.may_share:
+            warnings.warn(
+                f"{log.path}: its {log.num_nodes} hosts may be containers, some of them on one machine, since the GPUs "
+                "of two have no bus number in common; each is taken for a node, as NCCL takes it (--nodes N says how "
+                "many machines there were)",
+                stacklevel=2,
+            )
+        return msgspec.structs.replace(log, may_share=False)
     if num_nodes is None and gpus_per_node is not None:
         num_nodes = -(-log.num_gpus // gpus_per_node)
     if num_nodes is None:
         raise FileFormatError(
             log.path,
-            f"does not list its devices node by node, nor the line that launched it, so on how many nodes its "
+            f"does not list its devices node by node, nor does a line that launched it tell, so on how many nodes its "
             f"{log.num_gpus} GPUs were is unknown",
             hint="--nodes N says it, or --base CLUSTER, whose nodes have a size",
         )

@@ -6,8 +6,10 @@ cycles (`-N`) are runs.
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -30,6 +32,13 @@ _NODES = (  # what a launcher's option means; -N is the number of nodes for Slur
     (re.compile(r"(?:^|\s)(?:-H|--?hosts?)[= ]([\w.:,-]+)(?!\S)"), "hosts"),
 )
 _BY_NODE = re.compile(r"-map-by[= ]node\b|-bynode\b")  # one process on each host in turn
+_MPI = r"\b(?:mpirun|mpiexec|orterun|prun)\b"
+_STARTED = re.compile(rf"{_MPI}.*?\s--?np?[= ]\s*\d")  # with a number of processes
+_JOB = re.compile(rf"(?:(?!{_MPI}).)*(?:#SBATCH|\bsbatch\b|\bsalloc\b)(?:(?!{_MPI}).)*")  # what Slurm gave the job
+_TASKS = re.compile(r"\s(?:--ntasks[= ]|-n\s*)(\d{1,6})\b")
+_GPUS = re.compile(r"\s(?:--gpus[= ]|-G\s*)(?:[\w-]+:)?(\d{1,6})\b")
+_ON_NODE = re.compile(r"\s--(?:gpus-per-node[= ]|gres[= ]gpu:)(?:[\w-]+:)?(\d{1,6})\b")
+_FULL = 8  # GPUs of a node: hardly a machine has twice as many
 PROGRAM = re.compile(
     r"\b((?:all_reduce|all_gather|reduce_scatter|alltoallv?|broadcast|reduce|sendrecv|gather|scatter|hypercube)"
     r"_perf(?:_mpi)?)\b"
@@ -60,6 +69,7 @@ class Section:
         self.aggregated = 1  # all-reduces in one group
         self.blocking = False  # the host waits for each of them
         self.graph = 0  # launches of a CUDA graph that holds them
+        self.cold = False  # without a warm-up
         self.forced: dict[str, str] = {}  # NCCL_ALGO and NCCL_PROTO, where they were set
         self.problem: FileFormatError | None = None  # why its times count for nothing
         self.ended = False
@@ -113,6 +123,7 @@ def logs_of(path: Path, section: Section) -> list[NcclLog]:
     cycles = _cycles(path, section.rows)
     _check_section(path, section)
     num_gpus, num_nodes = _ranks(path, section)
+    may_share = _may_share(section, num_gpus, num_nodes)
     return [
         NcclLog(
             path=str(path),
@@ -121,6 +132,7 @@ def logs_of(path: Path, section: Section) -> list[NcclLog]:
             gpus=tuple(sorted({gpu for _, gpu in section.ranks.values() if gpu})),
             version=section.version,
             measurements=tuple(_measurement(row, section.unit_s) for row in cycle),
+            may_share=may_share,
         )
         for cycle in cycles
     ]
@@ -144,6 +156,8 @@ def _warn_of_settings(path: Path, section: Section) -> None:
             "the all-reduces were replayed from a CUDA graph (-G): the times lack the host's launches, which small "
             "messages feel"
         )
+    if section.cold:
+        found.append("there was no warm-up (-w 0): the first times hold what NCCL sets up, too")
     if section.forced:
         what = " and ".join(f"{name}={value}" for name, value in sorted(section.forced.items()))
         found.append(f"{what} was set: the times are not those that NCCL's own choice gives")
@@ -310,17 +324,33 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
 
 
 def _names_tell(section: Section) -> bool:
-    """Whether each host name is that of one node: no GPU of it is listed twice.
+    """Whether each host name is that of one node: no GPU of it is listed twice, and no NCCL_HOSTID was set instead.
 
     Processes that see a GPU of their own each call it device 0, and a bus number without its domain may be that of
     several GPUs; together with another device number or a domain they tell. Where neither is there, several names are
     taken for those of as many nodes, and one name says nothing: all nodes may bear it.
     """
+    if "NCCL_HOSTID" in section.launch:
+        return False
     places = section.places.values()
     if len(set(places)) == len(places):
         return True
     told = any(number != "0" or ":" in bus for _, number, bus in places)
     return not told and len({host for host, _, _ in places}) > 1
+
+
+def _may_share(section: Section, num_gpus: int, num_nodes: int | None) -> bool:
+    """Whether some of the hosts that count as nodes may be containers of one machine, and no launcher says otherwise.
+
+    Equal machines number their buses alike, so hosts without a bus number in common may have parts of one.
+    """
+    buses: dict[str, set[str]] = {}
+    for host, _, bus in section.places.values():
+        buses.setdefault(host, set()).add(bus)
+    if len(buses) != num_nodes or _launched_nodes(section, num_gpus) == num_nodes:
+        return False
+    kinds = set(map(frozenset, buses.values()))
+    return any(one.isdisjoint(other) for one, other in itertools.combinations(kinds, 2))
 
 
 def _launched_nodes(section: Section, num_gpus: int) -> int | None:
@@ -329,9 +359,8 @@ def _launched_nodes(section: Section, num_gpus: int) -> int | None:
     if per_process == num_gpus:
         return 1
     found: set[int] = set()
-    for line in section.launch.splitlines():
-        program = PROGRAM.search(line)
-        line = line[: program.start()] if program else line  # behind it stand the test's own options
+    lines = [PROGRAM.split(line, 1)[0] for line in section.launch.splitlines()]  # behind it are the test's own options
+    for line in lines:
         slurm = re.search(r"\b(?:srun|sbatch|salloc)\b|#SBATCH", line) is not None
         given = [(what, match[1]) for pattern, what in _NODES for match in pattern.finditer(line)]
         on_node = [int(text) for what, text in given if what == "ranks" or (what == "N" and not slurm)]
@@ -340,11 +369,28 @@ def _launched_nodes(section: Section, num_gpus: int) -> int | None:
                 most = 1 if _BY_NODE.search(line) else min(on_node, default=num_gpus)
                 found.add(_hosts_used(text, num_gpus // per_process, most))
             elif what == "nodes" or (what == "N" and slurm):
-                found.add(int(text))
+                if not _JOB.match(line) or _fills_job(lines, int(text), num_gpus, per_process):
+                    found.add(int(text))
             elif (per_node := int(text) * per_process) and num_gpus % per_node == 0:
                 found.add(num_gpus // per_node)
     possible = {nodes for nodes in found if 1 <= nodes <= num_gpus and num_gpus % nodes == 0}
     return possible.pop() if len(possible) == 1 else None
+
+
+def _fills_job(lines: Sequence[str], num_nodes: int, num_gpus: int, per_process: int) -> bool:
+    """Whether a run is on all nodes of its Slurm job: mpirun may start fewer processes than these have room for.
+
+    That is known where the job has as many tasks or GPUs as the run, where its nodes are full, of srun, and of mpirun
+    without a number.
+    """
+    if num_gpus >= _FULL * num_nodes or not any(_STARTED.search(line) for line in lines):
+        return True
+    in_job = [found[0] for line in lines if (found := _JOB.match(line))]
+    tasks, gpus, on_node = (
+        {int(found[1]) for text in in_job for found in pattern.finditer(text)} for pattern in (_TASKS, _GPUS, _ON_NODE)
+    )
+    in_turn = any(_BY_NODE.search(line) for line in lines)
+    return in_turn or num_gpus // per_process in tasks or num_gpus in gpus | {num_nodes * each for each in on_node}
 
 
 def _hosts_used(listed: str, processes: int, most: int) -> int:

@@ -26,6 +26,7 @@ _HEADER = re.compile(  # with colons and ranks of a GPU in rccl-tests until 2023
 )
 _AGGREGATED = re.compile(r"\bagg iters:\s*(\d{1,6})")
 _GRAPH = re.compile(r"\bgraph:\s*(\d{1,6})")
+_COLD = re.compile(r"\bwarmup ?[iI]ters:\s*0\b")
 _VERSION = re.compile(r"nccl-library=(\d+)|[NR]CCL version(?: :)? (\S+)|compiled with NCCL (\S+)")
 _BLOCKING = "Blocking Enabled:"
 _FAILED = re.compile(r"\bTest (?:NCCL |CUDA )?failure\b")  # "node: Test NCCL failure common.cu:958 'unhandled …'"
@@ -38,7 +39,9 @@ _ROW = re.compile(
     rf"(?:^|.*[\s>:\]])(\d{{1,18}})\s+(\d{{1,18}})\s+({_TYPES})\s+(.*\S)"
 )  # whatever a launcher puts in front
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-_LAUNCH = re.compile(r"\b(?:mpirun|mpiexec|orterun|prun|srun|sbatch|salloc)\b|#SBATCH|\bppr:\d+:node|\bnNodes \d")
+_LAUNCH = re.compile(
+    r"\b(?:mpirun|mpiexec|orterun|prun|srun|sbatch|salloc)\b|#SBATCH|\bppr:\d+:node|\bnNodes \d|\bNCCL_HOSTID\b"
+)
 _LARGEST = 1e18
 _LONGEST_LINE = 2000  # characters; no row has more, and patterns would search the rest for long
 # "host:pid:thread [gpu] file:line NCCL WARN", with the day in front or without; a host that starts with a digit starts
@@ -182,6 +185,7 @@ class _Reader:
             self.current.aggregated = int(found[1])
         if found := _GRAPH.search(header.string):
             self.current.graph = int(found[1])
+        self.current.cold = _COLD.search(header.string) is not None
 
 
 def _whole_rows(text: str) -> Iterator[tuple[int, str]]:
