@@ -6,12 +6,14 @@ import difflib
 import functools
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
+from ptsim.hardware.doubts import cluster_doubts, device_doubts
 from ptsim.hardware.forms import ARCHITECTURES, cluster_of, device_of
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import UNSPECIFIED, Cluster, Device
@@ -36,16 +38,24 @@ def cluster_names() -> tuple[str, ...]:
 def load_device(name: str | Path) -> Device:
     """The device called `name` in the catalog or by its driver, or described by the TOML file at that path.
 
+    Warns of peaks in a file that hardly can be (`doubts.py`).
+
     Raises:
         UnknownNameError: neither a catalog name or alias nor a file.
         FileFormatError: a broken file; says file and field.
     """
     path = _locate("device", name)
-    return _device_from(path, _content(path))
+    device = _device_from(path, _content(path))
+    if not _is_ours(path):
+        for doubt in device_doubts(device):
+            _say(path, doubt)
+    return device
 
 
 def load_cluster(name: str | Path) -> Cluster:
     """The cluster called `name` in the catalog, or described by the TOML file at that path.
+
+    Warns of numbers in a file that hardly can be (`doubts.py`).
 
     Raises:
         UnknownNameError: neither a catalog name or alias nor a file.
@@ -57,7 +67,18 @@ def load_cluster(name: str | Path) -> Cluster:
         device = None if named == UNSPECIFIED else load_device(named)
     except UnknownNameError as error:
         raise FileFormatError(path, f"device: {error.message}", hint=error.hint) from error
-    return msgspec.structs.replace(cluster, device=device, device_file=named if named.endswith(".toml") else "")
+    device_file = named if named.endswith(".toml") else ""
+    cluster = msgspec.structs.replace(cluster, device=device, device_file=device_file)
+    if not _is_ours(path):
+        for doubt in cluster_doubts(cluster):
+            _say(path, doubt)
+    return cluster
+
+
+@functools.lru_cache(maxsize=256)
+def _say(path: Path, doubt: str) -> None:
+    """A warning about a user's file, once in a process: it is read again and again."""
+    warnings.warn(f"{path}: {doubt}", stacklevel=3)
 
 
 def match_device(driver_name: str) -> Device | None:
@@ -108,6 +129,21 @@ def measured_device(driver_name: str, projected: Device) -> Device | None:
     return projected if is_called(projected, driver_name) else match_device(driver_name)
 
 
+def check_names(clusters: Iterable[Cluster]) -> None:
+    """Refuse different clusters of one name, which is all that tells them apart in tables and results.
+
+    Raises:
+        UsageError: two of them differ and are called alike.
+    """
+    known: dict[str, Cluster] = {}
+    for cluster in clusters:
+        if known.setdefault(cluster.name, cluster) != cluster:
+            raise UsageError(
+                f"two different clusters are called {cluster.name!r}, and nothing would tell their results apart",
+                hint="give one of them another name in its file",
+            )
+
+
 def device_aliases(name: str) -> tuple[str, ...]:
     """Other names of the catalog's device `name`."""
     return _names_in(_locate("device", name), "aliases")
@@ -139,7 +175,12 @@ def _cluster_from(path: Path, content: bytes) -> tuple[Cluster, str]:
 
 def _content(path: Path) -> bytes:
     """A user's file is read each time, since an edited file is another device or cluster."""
-    return _catalog_content(path) if path.parent.parent == _CATALOG else read_bytes(path, most=MOST_TOML_BYTES)
+    return _catalog_content(path) if _is_ours(path) else read_bytes(path, most=MOST_TOML_BYTES)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it is a file of the catalog."""
+    return path.parent.parent == _CATALOG
 
 
 @functools.lru_cache(maxsize=512)

@@ -13,7 +13,7 @@ import pandas as pd
 from ptsim.answers.validate import Validation, validate
 from ptsim.costs.memory import usable_bytes
 from ptsim.errors import MissingMeasurementError, UsageError
-from ptsim.hardware.catalog import cluster_names, load_cluster, match_device
+from ptsim.hardware.catalog import check_names, cluster_names, load_cluster, match_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster
@@ -86,8 +86,8 @@ def write_report(
         profile: of `ptsim calibrate gpu`, or its file; for the clusters with the GPU that it was measured on.
 
     Raises:
-        UsageError: no traces, a size that the cluster does not have, a profile of a GPU that no cluster has, or a
-            folder that cannot be written.
+        UsageError: no traces, different clusters of one name, a size that the cluster does not have, a profile of a GPU
+            that no cluster has, or a folder that cannot be written.
         FileFormatError: a broken trace or cluster file.
         UnknownNameError: no such cluster.
     """
@@ -145,6 +145,7 @@ def make_report(
         return _report(facts, answer.recorded_answer(facts.recorded, notices), "")
     given = [cluster] if isinstance(cluster, str | Path | Cluster) else list(cluster or [])
     clusters = [c if isinstance(c, Cluster) else load_cluster(c) for c in given or [default_cluster(runs)]]
+    check_names(clusters)
     sizes = _sizes(clusters[0], gpus)
     projectors = _projectors(clusters, options, grid_grams_per_kwh, profile)
     checked = [trace for trace in runs if trace.epochs and not trace.is_planned]

@@ -1,5 +1,6 @@
 """The catalog: what NVIDIA publishes is what it says, and a broken file is one clear sentence."""
 
+import contextlib
 import re
 
 import pytest
@@ -16,6 +17,7 @@ from ptsim.hardware.catalog import (
     match_device,
     profiled_device,
 )
+from ptsim.hardware.doubts import cluster_doubts, device_doubts
 from ptsim.hardware.forms import write_cluster
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.network import Precision
@@ -389,6 +391,59 @@ def test_a_broken_cluster_file_names_file_and_field(tmp_path, old, new, complain
         load_cluster(path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("fp32", 'fp16 = "312 TFLOP/s", fp32', None),
+        ("fp32", 'bf16 = "624 TFLOP/s", fp32', r"peak\.bf16 is 624 TFLOP/s, but 108 .* at most 311\.9 TFLOP.*sparsity"),
+        ("fp32", 'tf32 = "312 TFLOP/s", fp32', r"peak\.tf32 is 312 TFLOP/s, .* at most 155\.9 TFLOP/s"),
+        ('"40 GiB"', '"40 GB"', r"memory is 40 GB, which are 37\.3 GiB; .* GB they mean GiB"),
+    ],
+)
+def test_what_a_data_sheet_says_in_another_way_is_told(tmp_path, old, new, said):
+    """An A100's: 1,024 and 2,048 FLOP of an SM in a clock of 1.41 GHz."""
+    path = tmp_path / "mine.toml"
+    path.write_text(DEVICE.replace(old, new))
+    with contextlib.nullcontext() if said is None else pytest.warns(UserWarning, match=said):
+        load_device(path)
+    load_device(path)  # said once
+
+
+LINK = 'NVLink", bandwidth = "300 GB/s", latency = "2 us"'
+NICS = '\nnics_per_node = 8\ninter = {{ name = "IB", kind = "infiniband", bandwidth = "{} Gbit/s" }}\nintra'
+TABLE = '[[table]]\nnum_gpus = 8\nnum_nodes = 1\nsize_bytes = [1024, 1048576]\nseconds = [{}]\nsource = "mine"\n'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (LINK, 'NVLink", kind = "nvlink", bandwidth = "300 GB/s"', None),
+        (LINK, 'NVLink", kind = "nvlink", bandwidth = "600 GB/s"', "600 GB/s, but nvlink of a100-.* at most 300 GB"),
+        (LINK, 'PCIe", kind = "pcie", bandwidth = "64 GB/s"', r"64 GB/s, but pcie of a100-.* at most 31\.5 GB"),
+        (LINK, 'measured", latency = "2 us", bandwidth = "600 GB/s"', None),
+        ("\nintra", NICS.format(400), "is 50 GB/s, of 8 NICs together; is it that of a single one"),
+        ("\nintra", NICS.format(800), None),
+        ("\nintra", '\nprice_per_gpu = "12.29 USD/h"\nintra', None),
+        ("\nintra", '\nprice_per_gpu = "98.32 USD/h"\nintra', "is 98.32 USD an hour; is it the price of a node"),
+        ('sheet" }\n', 'sheet" }\n' + TABLE.format("21e-6, 30e-6"), None),
+        ('sheet" }\n', 'sheet" }\n' + TABLE.format("21, 30"), r"table\[0\] says that 1\.00 MiB take 30\.0 s; "),
+    ],
+)
+def test_what_others_count_in_another_way_is_told(tmp_path, old, new, said):
+    """Both directions of a link, a NIC of several, a node's price, microseconds."""
+    path = tmp_path / "mine.toml"
+    assert old in CLUSTER
+    path.write_text(CLUSTER.replace(old, new))
+    with contextlib.nullcontext() if said is None else pytest.warns(UserWarning, match=said):
+        load_cluster(path)
+    load_cluster(path)
+
+
+def test_nothing_in_the_catalog_is_doubted():
+    assert not [doubt for name in device_names() for doubt in device_doubts(load_device(name))]
+    assert not [doubt for name in cluster_names() for doubt in cluster_doubts(load_cluster(name))]
+
+
 def test_a_cluster_without_a_network_is_one_machine(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(CLUSTER)
@@ -424,8 +479,8 @@ def test_a_misspelt_key_gets_the_right_one_as_a_hint(tmp_path):
 
 def test_a_path_is_a_file_whatever_the_catalog_calls_by_its_last_word(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a100").write_text(DEVICE.replace("num_sms = 108", "num_sms = 7"))
-    assert [load_device(name).num_sms for name in ("./a100", str(tmp_path / "a100"), "a100")] == [7, 7, 108]
+    (tmp_path / "a100").write_text(DEVICE.replace("num_sms = 108", "num_sms = 107"))
+    assert [load_device(name).num_sms for name in ("./a100", str(tmp_path / "a100"), "a100")] == [107, 107, 108]
     assert load_device("nvidia/a100").num_sms == 108  # no such file
 
 

@@ -3,10 +3,12 @@ import json
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ptsim.cli.main import run
 from ptsim.errors import UsageError
+from ptsim.hardware.catalog import load_cluster
 from ptsim.report.build import make_report, write_report
 from tests.traces import CPU, dense_trace, shrinking_trace
 
@@ -239,6 +241,13 @@ def test_a_list_price_is_shown_with_its_day_and_a_given_one_takes_its_place(tmp_
     assert given.byline.endswith("Money is at the price that was given.")
     (money,) = (tile for tile in given.answer.tiles if tile.name.startswith("Money"))
     assert " at 2.00 USD per GPU-hour; " in money.detail
+
+
+def test_different_clusters_of_one_name_are_refused(tmp_path: Path) -> None:
+    whole = load_cluster("dgx-a100")
+    other = msgspec.structs.replace(whole, nics_per_node=4)
+    with pytest.raises(UsageError, match="two different clusters are called 'dgx-a100'"):
+        make_report([dense_trace(tmp_path / "d.jsonl", epochs=1)], cluster=[whole, other], gpus=[8])
 
 
 @pytest.mark.slow
