@@ -34,7 +34,7 @@ import msgspec
 
 from ptsim.answers.revision import foreign_rows, model_revision
 from ptsim.errors import FileFormatError, UnknownNameError
-from ptsim.hardware.catalog import is_called, load_cluster, load_device
+from ptsim.hardware.catalog import check_names, is_called, load_cluster, load_device
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.sim.options import Options
@@ -158,7 +158,7 @@ def read_study(path: str | Path) -> Study:
     Raises:
         FileFormatError: not TOML, an unknown key, a value of a wrong type, or nothing to compute.
         UnknownNameError: a what-if, cluster or device that does not exist.
-        UsageError: an option out of its bounds.
+        UsageError: an option out of its bounds, or different clusters of one name.
     """
     path = Path(path)
     raw = read_toml(path)
@@ -196,6 +196,7 @@ def read_study(path: str | Path) -> Study:
             device = load_device(changed.device)
             devices[device.name] = device
     clusters = tuple(load_cluster(_near(name, path)) for name in file.clusters)
+    check_names(clusters)
     devices |= {cluster.device.name: cluster.device for cluster in clusters if cluster.device is not None}
     return Study(
         path=path,
@@ -236,12 +237,16 @@ def configurations(study: Study) -> Iterator[Configuration]:
             options = _changed(change(study.options, grid), what_if)
             in_force = {name: what_if.options.get(name, value) for name, value in grid.items()}
             labels = {"what_if": what_if.name, **in_force}
-            named = [name for name in (options.device, *options.mixed_devices) if name is not None]
-            devices = [load_device(name) for name in named]  # a user's file may change under its name
+            device = None if options.device is None else load_device(options.device)
+            mixed = [(load_device(name), count) for name, count in options.mixed_devices.items()]
+            others = msgspec.structs.replace(options, device=None, mixed_devices={})
             for trace in (what_if.trace,) if what_if.trace is not None else study.traces:
                 for cluster in study.clusters:
+                    # what files hold, and not where they lie: they may be moved, and change under their names
+                    where = msgspec.structs.replace(cluster, device_file="")
                     for gpus in study.gpus:
-                        content = (revision, digest(trace), profile and profile[1], cluster, gpus, options, devices)
+                        files = digest(trace), profile and profile[1]
+                        content = (revision, *files, where, gpus, others, device, mixed)
                         yield Configuration(
                             index=index,
                             key=hashlib.sha256(msgspec.json.encode(content)).hexdigest()[:24],

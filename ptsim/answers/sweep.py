@@ -269,9 +269,10 @@ def _identity(configuration: Configuration) -> dict[str, Any]:
 
 
 def _asked_again(configuration: Configuration, row: dict[str, Any]) -> dict[str, Any]:
-    """A stored row in its place in this study, of the file that this study names; what was computed stays."""
-    here = {"index": configuration.index, "what_if": configuration.labels["what_if"], "trace": str(configuration.trace)}
-    return {**_identity(configuration), **row, **here}
+    """A stored row in its place in this study, of the files that this study names; what was computed stays."""
+    labels = {name: value for name, value in configuration.labels.items() if name != "device"}  # a row has its name
+    here = {"index": configuration.index, "trace": str(configuration.trace)}
+    return {**_identity(configuration), **row, **labels, **here}
 
 
 def _failure(configuration: Configuration, error: str) -> dict[str, Any]:

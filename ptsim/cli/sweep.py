@@ -50,7 +50,7 @@ def sweep(
         out: JSON Lines file to which each result is added at once. Default: STUDY.results.jsonl beside the study.
         workers: Number of processes on this machine. Default: one per core.
         dask: Run on a Dask cluster: its scheduler's address (tcp://host:port), or "local" for one on this machine.
-        fresh: Delete earlier results of this study first.
+        fresh: Delete the file of results first, with all that it holds.
         yes: Run the study even if it expands to very many configurations, or its simulations to very many events.
     """
     if workers is not None and workers < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ import pytest
 
 import ptsim
 from ptsim.answers.study import configurations, read_study
+from ptsim.errors import UsageError
 from ptsim.sim.options import Faults
 from tests.traces import dense_trace
 
@@ -115,3 +117,33 @@ def test_device_files_are_relative_to_the_study_as_all_paths_are(study: Path) ->
         study.write_text(text)
         found = [(c.options.device, c.options.mixed_devices) for c in configurations(read_study(study))]
         assert found == devices
+
+
+def test_a_study_that_was_moved_has_the_keys_that_it_had_until_a_file_changes(study: Path) -> None:
+    """Device files are named by a cluster file, a what-if and the options; where they lie is in no key."""
+    catalog = Path(ptsim.__file__).parent / "hardware" / "catalog" / "devices"
+    (study.parent / "own.toml").write_text((catalog / "t4.toml").read_text())
+    (study.parent / "mine.toml").write_text(CLUSTER.replace('"t4"', '"own.toml"'))
+    study.write_text(
+        'traces = ["one.jsonl"]\nclusters = ["mine.toml"]\ngpus = [8]\nwhat_ifs = ["as-recorded", "gpu=own.toml"]\n'
+        '[grid]\nmixed_devices = [{ "own.toml" = 2 }, { "own.toml" = 3 }]\n'
+    )
+    moved = study.parent / "moved"
+    moved.mkdir()
+    for name in ("study.toml", "one.jsonl", "mine.toml", "own.toml"):
+        shutil.copy(study.parent / name, moved)
+    keys = [c.key for c in configurations(read_study(study))]
+    assert [c.key for c in configurations(read_study(moved / "study.toml"))] == keys
+    assert len(set(keys)) == 4
+    (moved / "own.toml").write_text((study.parent / "own.toml").read_text().replace('"70 W"', '"75 W"'))
+    assert not set(keys) & {c.key for c in configurations(read_study(moved / "study.toml"))}
+
+
+def test_different_clusters_of_one_name_are_refused(study: Path) -> None:
+    """A copy of a catalog's file whose name was left as it is; the same cluster may be there twice."""
+    catalog = Path(ptsim.__file__).parent / "hardware" / "catalog" / "clusters" / "dgx-a100.toml"
+    (study.parent / "mine.toml").write_text(catalog.read_text())
+    assert len(read_study(study).clusters) == 2
+    (study.parent / "mine.toml").write_text(catalog.read_text().replace("nics_per_node = 8", "nics_per_node = 4"))
+    with pytest.raises(UsageError, match="two different clusters are called 'dgx-a100'"):
+        read_study(study)

@@ -215,6 +215,19 @@ class TestRunning:
         assert run_study(read, executor, out) == first
         assert executor.num_configurations == 0
 
+    def test_a_study_that_was_moved_goes_on_and_names_its_own_files(self, folder: Path, tmp_path: Path) -> None:
+        catalog = Path(sys.modules["ptsim"].__file__ or "").parent / "hardware" / "catalog" / "devices" / "t4.toml"
+        text = f'traces = ["{folder / "dense"}"]\nclusters = ["dgx-a100"]\ngpus = [8]\n'
+        text += '[grid]\nmixed_devices = [{ "t.toml" = 1 }]\n'
+        for name in ("here", "there"):
+            (tmp_path / name).mkdir()
+            shutil.copy(catalog, tmp_path / name / "t.toml")
+        here, there = (read_study(study(tmp_path / name, text)) for name in ("here", "there"))
+        out, executor = tmp_path / "out.jsonl", InProcess()
+        (first,), (second,) = run_study(here, InProcess(), out), run_study(there, executor, out)
+        assert executor.num_configurations == 0
+        assert second == {**first, "mixed_devices": {str(tmp_path / "there" / "t.toml"): 1}}
+
     def test_an_interrupted_study_goes_on_where_it_was(self, folder: Path, tmp_path: Path) -> None:
         read, out = read_study(study(folder)), tmp_path / "out.jsonl"
         rows = run_study(read, InProcess(), out)
