@@ -25,6 +25,7 @@ from ptsim.sim.topology import Fabric, PlacedJob, RoutedStage, simulate_all_redu
 _TREE_CHUNKS = 16  # of each half of a message; the ratio hardly depends on it
 _SHARED_CHUNKS = 16  # of a connection, after which a ring beside other jobs has found its pace
 _GRID = 4.0  # ratios are computed at powers of this message size and interpolated between them
+_ROUNDED = 1e-9  # by which a factor on a time may be off
 
 
 class Network:
@@ -97,7 +98,8 @@ class Network:
         """How many times as long an all-reduce takes while 1, 2, … of the options' jobs communicate.
 
         By formula, jobs that leave their nodes share everything equally, and others nothing. By links, the jobs'
-        all-reduces of `num_bytes` start together on the fabric; a ring is broken off when it has found its pace.
+        all-reduces of `num_bytes` start together on the fabric; a ring is broken off when it has found its pace, at
+        which the rest of it then goes on.
         """
         jobs = self.options.jobs
         if not self.by_links:
@@ -105,15 +107,27 @@ class Network:
         if jobs == 1:
             return (1.0,)
         cluster, base_s, job = self._as_simulated(num_bytes)
-        placed = [
-            msgspec.structs.replace(job, ranks=self._ranks(number), max_chunks=_SHARED_CHUNKS) for number in range(jobs)
-        ]
-        alone_s = base_s + self._seconds(cluster, placed[:1])
-        if not alone_s:
+        whole_s = self._alone_s(cluster, job, num_bytes, named=True)
+        if not whole_s:
             return (1.0,) * jobs
+
+        def begun_s(number: int, max_chunks: int) -> float:
+            ranks = map(self._ranks, range(number))
+            placed = [msgspec.structs.replace(job, ranks=own, max_chunks=max_chunks) for own in ranks]
+            return self._seconds(cluster, placed)
+
+        many, few = _SHARED_CHUNKS, _SHARED_CHUNKS // 2
+        begin_s = begun_s(1, many)
+        left = 0.0  # of a ring that was broken off, in times of as many chunks
+        if whole_s > (1 + _ROUNDED) * begin_s:
+            left = (whole_s - begin_s) / (begin_s - begun_s(1, few))
         factors = [1.0]
         for number in range(2, jobs + 1):
-            factors.append(max(factors[-1], (base_s + self._seconds(cluster, placed[:number])) / alone_s))
+            shared_s = begun_s(number, many)
+            if left:
+                shared_s += left * (shared_s - begun_s(number, few))
+            factor = (base_s + shared_s) / (base_s + whole_s)
+            factors.append(max(factors[-1], factor if factor > 1 + _ROUNDED else 1.0))
         return tuple(factors)
 
     def _ratio(self, num_bytes: int) -> float:

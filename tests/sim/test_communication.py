@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ptsim.costs.collectives import all_reduce
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import cluster_names, load_cluster
-from ptsim.hardware.spec import Cluster
+from ptsim.hardware.spec import Cluster, Link, LinkKind
 from ptsim.sim.communication import Network
 from ptsim.sim.options import Options
 from ptsim.sim.run import change
@@ -88,6 +88,32 @@ def test_jobs_striped_over_the_same_nodes_share_a_nic_but_not_rails() -> None:
     assert rails.sharing(10**8) == pytest.approx((1.0, 1.0))
     # but each of them has only the four NICs of its GPUs
     assert rails.all_reduce(10**9).seconds == pytest.approx(2 * one_nic.all_reduce(10**9).seconds, rel=0.02)
+
+
+def side_by_side(nodes: int, per_node: int, *, inside: float, algorithm: str, **inter: Any) -> Network:
+    """Two jobs with every other GPU of the nodes, whose NIC carries 10 GB/s; latencies are 0."""
+    links = {
+        "intra": Link(name="inside", bandwidth_bytes_per_s=inside, latency_s=0.0),
+        "inter": Link(name="between", bandwidth_bytes_per_s=1e10, latency_s=0.0, **inter),
+    }
+    where = msgspec.structs.replace(made_up(gpus_per_node=per_node), **links)
+    return network(where, nodes * per_node // 2, jobs=2, placement="striped", algorithm=algorithm)
+
+
+@pytest.mark.parametrize(("nodes", "num_bytes", "factor"), [(2, 143_052, 1.375), (64, 72_661, 1.498)])
+def test_the_fixed_cost_of_a_call_is_not_shared(nodes: int, num_bytes: int, factor: float) -> None:
+    """Either ring sends as long as a call itself costs, 1.703 · 8.4 µs: 2 (p - 1) chunks of 1/p of the message.
+
+    Two jobs take turns, so the first is done after 2n - 1 times of a chunk and the second after 2n, with n = 2 or 126.
+    """
+    jobs = side_by_side(nodes, 2, inside=1e14, algorithm="ring", kind=LinkKind.INFINIBAND, efficiency=1.0)
+    assert jobs.sharing(num_bytes) == pytest.approx((1.0, factor), rel=2e-3)
+
+
+def test_of_a_hierarchical_all_reduce_only_what_leaves_the_node_is_shared() -> None:
+    """Of 32 nodes a job has two GPUs each: half the message each way inside, and 62 · 2 · 1/64 of it between."""
+    jobs = side_by_side(32, 4, inside=1e10, algorithm="hierarchical")
+    assert jobs.sharing(10**9)[1] == pytest.approx((1 + 2 * 124 / 64) / (1 + 124 / 64), rel=0.01)
 
 
 def test_jobs_on_an_oversubscribed_fabric_meet_at_the_leaf_switches() -> None:
