@@ -138,6 +138,22 @@ def _check_kernels(recording: Recording, device: Device | str | None) -> None:
         raise UsageError(f"{recording.path} {says}", hint=hint)
 
 
+def _check_one_network(recordings: Sequence[Recording], steps: Sequence[Sequence[Step]]) -> None:
+    """Refuse files of different networks, as of several runs in one folder: their means would be of none of them."""
+    first: tuple[int, int] | None = None
+    for recording, own in zip(recordings, steps, strict=True):
+        sizes = sorted(own, key=lambda step: step.compute_s)[len(own) // 2].parameters
+        found = len(sizes), sum(sizes)
+        first = first or found
+        if found[0] != first[0] or (found[1] != first[1] and found[1] and first[1]):  # 0: shapes were not recorded
+            words = [f"{num:,} tensors" + (f" of {size:,} elements" if size else "") for num, size in (first, found)]
+            raise UsageError(
+                f"{recordings[0].path} and {recording.path} are of different networks: the gradients of a step are "
+                f"{' and '.join(words)}",
+                hint="the files of one call are those of the ranks of one job",
+            )
+
+
 def _read(
     paths: Sequence[str | Path], device: Device | str | None
 ) -> tuple[list[Recording], list[list[Step]], list[Step]]:
@@ -148,6 +164,7 @@ def _read(
     for recording in recordings:
         _check_kernels(recording, device)
     steps = [read_steps(recording) for recording in recordings]
+    _check_one_network(recordings, steps)
     return recordings, steps, list(itertools.chain.from_iterable(steps))
 
 
@@ -175,8 +192,8 @@ def import_kineto(
 
     Raises:
         FileFormatError: a file is not what torch.profiler writes, or holds no training step.
-        UsageError: no file, files of different devices or jobs, another device than the file names, nothing names
-            the device or its memory, or a GPU without its kernels.
+        UsageError: no file, files of different devices, networks or jobs, another device than the file names, nothing
+            names the device or its memory, or a GPU without its kernels.
     """
     if isinstance(device, str):
         with contextlib.suppress(UnknownNameError):

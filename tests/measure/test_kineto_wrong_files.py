@@ -56,6 +56,22 @@ def test_arguments_of_another_kind_than_kinetos_are_not_recorded_shapes(
     assert found.step_seconds == pytest.approx(12e-3, rel=0.2)
 
 
+def test_files_of_different_networks_are_refused(tmp_path: Path) -> None:
+    """As of two runs in one folder: 32 filters, and 16; without shapes only the number of tensors counts."""
+    files = [write(tmp_path / f"{i}.json", gpu_trace()) for i in range(2)]
+    other = gpu_trace()
+    gradients = [event["args"] for event in other["traceEvents"] if "AccumulateGrad" in event["name"]]
+    for arguments in gradients:
+        arguments["Input Dims"] = [[16, 8, 3, 3]]
+    write(files[1], other)
+    with pytest.raises(UsageError, match=r"different networks: .* 1 tensors of 2,304 elements and .* 1,152 elements"):
+        import_kineto(files)
+    for arguments in gradients:
+        del arguments["Input Dims"]
+    write(files[1], other)
+    assert len(import_kineto(files).ranks) == 2
+
+
 def test_files_of_different_devices_are_refused(tmp_path: Path) -> None:
     other = gpu_trace(deviceProperties=[{"id": 0, "name": "Tesla V100-SXM2-32GB", "totalGlobalMem": 1}])
     files = [write(tmp_path / "a.json", gpu_trace()), write(tmp_path / "b.json", other)]
