@@ -26,7 +26,7 @@ from ptsim.trace.schema import MOST_EPOCHS
 from ptsim.training.registries import REGISTRIES
 from ptsim.training.sources import DEFAULT as DEFAULT_DATASET
 from ptsim.training.sources import SOME_USE, data_source
-from ptsim.units import Bytes
+from ptsim.units import MIB, Bytes
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -387,6 +387,9 @@ def _without_effect(config: Config, given: set[str]) -> list[str]:
         problems += unused(names, "penalty_ratio is 0 (dense)")
     if not config.dynamic_batch or not config.regularized:
         problems += unused(("memory_budget", "batch_granularity", "max_batch", "lr_rule"), "dynamic_batch is off")
+    elif isinstance(config.memory_budget, int) and config.memory_budget < MIB:
+        number = config.memory_budget
+        problems += unused(("memory_budget",), f"in {number} bytes no mini-batch grows; '{number} GiB' has a unit")
     if config.schedule != "one_time":
         problems += unused(("reconfigure_epoch",), f"the schedule is {config.schedule}")
     if config.schedule == "one_time":

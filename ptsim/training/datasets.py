@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ from ptsim.training.data import (
     subset,
 )
 from ptsim.training.sources import data_source
+from ptsim.units import counted, listed
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 _DIGITS_VALIDATION = 360  # one fifth of scikit-learn's 1797 digits
 _SYNTHETIC = (2048, 512, 10)  # training images, validation images, classes
 SPLITS = (("train",), ("val", "valid", "validation", "test"))
+# Other kinds of images, which are told where they stand among those that are read
+_UNREAD_SUFFIXES = (".gif", ".jfif", ".jpe", ".jp2", ".heic", ".heif", ".avif", ".tga", ".svg", ".npy", ".dcm")
 _Files = list[tuple[Path, int]]
 
 
@@ -248,17 +252,27 @@ def _refuse_other_splits(root: Path) -> None:
 
 
 def _list_images(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:
-    """Every image below `folder/<class>/` with its class index, and the classes' names, in sorted order."""
+    """Every image below `folder/<class>/` with its class index, and the classes' names, in sorted order.
+
+    Warns of images of other kinds, which are left out.
+    """
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not classes:
         raise UsageError(f"{folder} holds no class folders; expected one folder of images per class")
     images = []
+    unread: list[str] = []
     for label, name in enumerate(classes):
-        files = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        found = [(path, path.suffix.lower()) for path in (folder / name).rglob("*")]
+        files = sorted(path for path, kind in found if kind in IMAGE_SUFFIXES)
         if not files:
             ends = f"the name of an image ends in {', '.join(IMAGE_SUFFIXES)}"
             raise UsageError(f"the class folder {folder / name} holds no images", hint=ends)
         images += [(path, label) for path in files]
+        unread += [kind for _, kind in found if kind in _UNREAD_SUFFIXES]
+    if unread:
+        kinds = listed(sorted(set(unread)))
+        are = counted(len(unread), "file is", "files are")
+        warnings.warn(f"{are} left out of {folder}, whose {len(images):,} other images are read: {kinds}", stacklevel=2)
     return images, classes
 
 

@@ -81,6 +81,7 @@ def test_files_need_a_folder(dataset):
     [
         ({"penalty_ratio": 0.0, "interval": 5}, "interval"),
         ({"lr_rule": "sqrt"}, "lr_rule"),
+        ({"dynamic_batch": True, "memory_budget": 8}, "memory_budget"),  # bytes
         ({"optimizer": "adam", "momentum": 0.8}, "momentum"),
         ({"compile_backend": "eager"}, "compile_backend"),
         ({"schedule": "one_time", "reconfigure_epoch": 9, "pretrain_epochs": 3}, "pretrain_epochs"),

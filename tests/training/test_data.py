@@ -302,6 +302,16 @@ def test_a_wrong_image_tree_is_one_sentence(tree, tmp_path, make):
         loaded(dataset="imagefolder", data_dir=str(root), batch=1)
 
 
+def test_images_of_kinds_that_are_not_read_are_told_and_other_files_are_not(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "data")
+    for name in ("ant/0.GIF", "bee/1.jfif", "bee/2.jfif", "bee/Thumbs.db", "bee/labels.csv"):
+        (tmp_path / "data" / "train" / name).write_bytes(b"x")
+    told = r"^3 files are left out of .*train, whose 30 other images are read: \.gif and \.jfif$"
+    with pytest.warns(UserWarning, match=told):
+        data = loaded(dataset="imagefolder", data_dir=str(tmp_path / "data"))
+    assert data.dataset.num_train == 30
+
+
 @pytest.mark.parametrize("name", ["Train", "VAL", "testing", "validate"])
 def test_a_split_that_is_written_otherwise_is_no_class(tree, tmp_path, name):
     shutil.copytree(tree / "train", tmp_path / name)

@@ -226,7 +226,7 @@ def test_a_mini_batch_that_grows_without_pruning_is_compiled_anew(tmp_path):
 
 
 def test_the_mini_batch_grows_into_the_freed_memory_and_the_rate_with_it(tmp_path):
-    made = settings(dynamic_batch=True, memory_budget=1, batch_granularity=8, max_batch=32, profile=False)
+    made = settings(dynamic_batch=True, memory_budget="1 B", batch_granularity=8, max_batch=32, profile=False)
     stays = ptsim.read_trace(ptsim.train(made, out=tmp_path / "small").trace)
     assert {epoch.batch_per_gpu for epoch in stays.epochs} == {16}  # never below what it began with
     grows = ptsim.read_trace(ptsim.train(made | {"memory_budget": "1 GiB"}, out=tmp_path / "large").trace)
