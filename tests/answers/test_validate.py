@@ -652,6 +652,21 @@ def test_the_largest_error_of_several_runs_is_shown(tmp_path: Path) -> None:
     assert result.energy_error == pytest.approx(1 - 3 / 5)
 
 
+def test_the_largest_error_of_several_runs_communication_is_shown(tmp_path: Path) -> None:
+    """0.25 s a step are predicted; 0.3, 0.1 and 0.26 s were waited for."""
+    read = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", world_size=4, **LONG))
+    runs = []
+    for waited_s in (0.3, 0.1, 0.26):
+        times = [
+            msgspec.structs.replace(epoch.time, exposed_communication_s=waited_s * epoch.num_iterations)
+            for epoch in read.epochs
+        ]
+        runs.append(in_epochs(read, measured_time=times))
+    result = validate(runs, cluster=constant_all_reduces(0.25))
+    steps, walls_s = (sum(of) for of in zip(*((e.num_iterations, e.time.wall_s) for e in read.epochs), strict=True))
+    assert result.communication_error == pytest.approx(0.15 * steps / walls_s)
+
+
 def test_the_largest_error_of_several_savings_is_shown(tmp_path: Path) -> None:
     pruned, dense = (
         ptsim.read_trace(make(tmp_path / f"{make.__name__}.jsonl", **LONG)) for make in (shrinking_trace, dense_trace)
