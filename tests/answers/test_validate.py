@@ -653,10 +653,10 @@ def test_the_largest_error_of_several_runs_is_shown(tmp_path: Path) -> None:
 
 
 def test_the_largest_error_of_several_runs_communication_is_shown(tmp_path: Path) -> None:
-    """0.25 s a step are predicted; 0.3, 0.1 and 0.26 s were waited for."""
+    """0.25 s a step are predicted; 0.2, 0.4 and 0.26 s were waited for."""
     read = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", world_size=4, **LONG))
     runs = []
-    for waited_s in (0.3, 0.1, 0.26):
+    for waited_s in (0.2, 0.4, 0.26):
         times = [
             msgspec.structs.replace(epoch.time, exposed_communication_s=waited_s * epoch.num_iterations)
             for epoch in read.epochs
