@@ -217,24 +217,31 @@ def die_with_parent() -> None:
 
 
 def project_all(chunk: Sequence[Configuration]) -> list[dict[str, Any]]:
-    """What a worker does: the rows of some configurations. What the user can mend becomes a failed row."""
-    rows = []
-    for configuration in chunk:
-        try:
-            profile = configuration.profile
-            trace, cache = _worker_trace(configuration.trace, configuration.trace_digest, profile)
-            projection = project(
-                trace,
-                configuration.cluster,
-                configuration.gpus,
-                configuration.options,
-                device_profile=None if profile is None else _profile_for(configuration, profile),
-                cache=cache,
-            )
-            rows.append({**_identity(configuration), "status": "ok", **projection_row(projection)})
-        except (PtsimError, ValueError) as error:
-            rows.append(_failure(configuration, str(error)))
-    return rows
+    """What a worker does: the rows of some configurations. What the user can mend becomes a failed row.
+
+    Without warnings: of files that are doubted who reads the study has heard, and a row says `complete: false` of a
+    torn last line.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return [_row_of(configuration) for configuration in chunk]
+
+
+def _row_of(configuration: Configuration) -> dict[str, Any]:
+    try:
+        profile = configuration.profile
+        trace, cache = _worker_trace(configuration.trace, configuration.trace_digest, profile)
+        projection = project(
+            trace,
+            configuration.cluster,
+            configuration.gpus,
+            configuration.options,
+            device_profile=None if profile is None else _profile_for(configuration, profile),
+            cache=cache,
+        )
+        return {**_identity(configuration), "status": "ok", **projection_row(projection)}
+    except (PtsimError, ValueError) as error:
+        return _failure(configuration, str(error))
 
 
 def project_of_any_length(chunk: Sequence[Configuration]) -> list[dict[str, Any]]:
@@ -246,9 +253,7 @@ def project_of_any_length(chunk: Sequence[Configuration]) -> list[dict[str, Any]
 @functools.lru_cache(maxsize=8)
 def _worker_trace(path: Path, digest: str, profile: tuple[Path, str] | None) -> tuple[Trace, StepCache]:
     """A trace with its cache, kept for the next configuration of the same worker; the digests tell versions apart."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a torn last line: the row says `complete: false`
-        return read_trace(path), StepCache()
+    return read_trace(path), StepCache()
 
 
 def _profile_for(configuration: Configuration, profile: tuple[Path, str]) -> DeviceProfile | None:

@@ -24,6 +24,7 @@ from ptsim.answers.study import Configuration, configurations, read_study
 from ptsim.answers.sweep import Progress, forget, project_all, run_study
 from ptsim.cli.main import run
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
+from ptsim.hardware import catalog
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import write_device_profile
 from ptsim.sim import budget
@@ -227,6 +228,18 @@ class TestRunning:
         (first,), (second,) = run_study(here, InProcess(), out), run_study(there, executor, out)
         assert executor.num_configurations == 0
         assert second == {**first, "mixed_devices": {str(tmp_path / "there" / "t.toml"): 1}}
+
+    def test_a_doubt_about_a_device_file_is_told_where_the_study_is_read_and_by_no_worker(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        devices = Path(sys.modules["ptsim"].__file__ or "").parent / "hardware" / "catalog" / "devices"
+        (tmp_path / "own.toml").write_text((devices / "t4.toml").read_text().replace('"65 TFLOP/s"', '"130 TFLOP/s"'))
+        text = f'traces = ["{folder / "dense"}"]\nclusters = ["dgx-a100"]\ngpus = [8]\nwhat_ifs = ["gpu=own.toml"]\n'
+        with pytest.warns(UserWarning, match="is it a peak with sparsity"):
+            read = read_study(study(tmp_path, text))
+        expanded = list(configurations(read))
+        catalog._say.cache_clear()  # as in a process of its own
+        assert [row["status"] for row in project_all(expanded)] == ["ok"]
 
     def test_an_interrupted_study_goes_on_where_it_was(self, folder: Path, tmp_path: Path) -> None:
         read, out = read_study(study(folder)), tmp_path / "out.jsonl"
