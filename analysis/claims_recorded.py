@@ -148,6 +148,23 @@ def unpruned_apart(root: Path, *, pairs: Sequence[tuple[str, str, str]]) -> Figu
     return [f"{100 * min(apart):+.1f} to {100 * max(apart):+.1f} %".replace("-", "−")]
 
 
+def unpruned_longer(root: Path, *, folder: str, pairs: Pairs) -> Figures:
+    """How much longer than the dense run beside it a pruned run took until it was pruned; what a point is worth."""
+    found = []
+    for run, beside in pairs.items():
+        pruned, dense = (read_recorded(root, folder, name) for name in (run, beside))
+        times = [epoch.time for epoch in pruned.epochs[: first_pruned(pruned)]]
+        dense_s, penalty_s = sum(epochs_s(dense)[: len(times)]), sum(time.regularizer_s for time in times)
+        longer = sum(time.wall_s for time in times) / dense_s - 1
+        saved = 1 - recorded(root, folder, run, beside)["flops"]
+        found += [
+            f"first {len(times)} epochs {percent(longer, 1)} longer, "
+            f"{percent(longer - penalty_s / dense_s, 1)} without the penalty",
+            f"{percent(saved)} of the training FLOPs saved: a point of the time is {0.01 / saved:.2f} of the ratio",
+        ]
+    return found
+
+
 def own_pace(trace: ptsim.Trace) -> float:
     """The time of a run at the mean pace of its own first ten epochs: its epochs' mean over theirs."""
     seconds = epochs_s(trace)
@@ -336,6 +353,7 @@ def recorded_gating(root: Path, *, folder: str, runs: tuple[str, str]) -> Figure
 RESNET20, RESNET32 = "cifar10-resnet20", "cifar10-resnet32"
 RESNET18, VGG11 = "cifar10-resnet18-64", "cifar10-vgg11"
 _SEEDS = {f"seed{seed}-prunetrain-r0.25": f"seed{seed}-dense" for seed in (2, 3)}
+_BATCH_128 = {"batch128-prunetrain-r0.25": "batch128-dense"}  # of VGG-11
 _FIRST = {"prunetrain-r0.25": "dense"}  # the first pair of ResNet-32 and of VGG-11
 _OWN_WORK = {
     "ResNet-32": (RESNET32, "prunetrain-r0.25"),
@@ -346,6 +364,7 @@ _PAIRS = (
     (RESNET20, "prunetrain-r0.2", "dense"),
     (RESNET20, "long-prunetrain-r0.2", "long-dense"),
     (VGG11, "prunetrain-r0.25", "dense"),
+    (VGG11, "batch128-prunetrain-r0.25", "batch128-dense"),
     (RESNET18, "prunetrain-r0.2", "dense"),
     (RESNET32, "prunetrain-r0.2", "dense-beside-r0.2"),
     *((RESNET32, run, beside) for run, beside in (_FIRST | _SEEDS).items()),
@@ -367,6 +386,10 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "recorded-vgg11": partial(recorded_saving, pairs=_FIRST, folder=VGG11),
     "recorded-vgg11-pace": partial(recorded_pace, pairs=_FIRST, folder=VGG11),
     "recorded-vgg11-widths": partial(pruned_widths, run="prunetrain-r0.25", folder=VGG11),
+    "recorded-vgg11-128": partial(recorded_saving, pairs=_BATCH_128, folder=VGG11),
+    "recorded-vgg11-128-pace": partial(recorded_pace, pairs=_BATCH_128, folder=VGG11),
+    "recorded-vgg11-128-work": partial(own_work, runs={"VGG-11": (VGG11, "batch128-prunetrain-r0.25")}),
+    "recorded-vgg11-128-unpruned": partial(unpruned_longer, pairs=_BATCH_128, folder=VGG11),
     "paper-accuracy": paper_accuracy,
     "paper-vgg11": partial(paper_vgg11, run="prunetrain-r0.25"),
     "recorded-resnet18": partial(recorded_saving, pairs={"prunetrain-r0.2": "dense"}, folder=RESNET18),

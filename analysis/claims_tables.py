@@ -135,6 +135,11 @@ def _pair(ratio: str) -> tuple[Column, Column]:
     return Column("dense", "dense", "dense"), Column(f"r = {ratio}", f"prunetrain-r{ratio}", "dense")
 
 
+def _beside(dense: str, run: str) -> tuple[Column, Column]:
+    """A dense run and the one that was recorded beside it, by their names."""
+    return Column(f"`{dense}`", dense, dense), Column(f"`{run}`", run, dense)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "resnet20": partial(
         runs_table,
@@ -171,20 +176,17 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "resnet20-long": partial(
         runs_table,
         folder="cifar10-resnet20",
-        columns=(
-            Column("`long-dense`", "long-dense", "long-dense"),
-            Column("`long-prunetrain-r0.2`", "long-prunetrain-r0.2", "long-dense"),
-        ),
+        columns=_beside("long-dense", "long-prunetrain-r0.2"),
     ),
     "resnet32-r02": partial(
         runs_table,
         folder="cifar10-resnet32",
-        columns=(
-            Column("`dense-beside-r0.2`", "dense-beside-r0.2", "dense-beside-r0.2"),
-            Column("`prunetrain-r0.2`", "prunetrain-r0.2", "dense-beside-r0.2"),
-        ),
+        columns=_beside("dense-beside-r0.2", "prunetrain-r0.2"),
     ),
     "vgg11": partial(runs_table, folder="cifar10-vgg11", columns=_pair("0.25")),
+    "vgg11-128": partial(
+        runs_table, folder="cifar10-vgg11", columns=_beside("batch128-dense", "batch128-prunetrain-r0.25")
+    ),
     "resnet18": partial(runs_table, folder="cifar10-resnet18-64", columns=_pair("0.2")),
     "resnet32-recorded-layers": partial(
         layers_text,
