@@ -64,6 +64,7 @@ import argparse
 import contextlib
 import hashlib
 import math
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -86,6 +87,7 @@ import ptsim
 from ptsim.errors import PtsimError
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.textfile import write_whole
+from ptsim.units import GIB, format_bytes
 
 MOST_ATTEMPTS = 3  # of a piece that fails and gets no further
 _SHORTEST_S = 40.0  # what is left must be longer for a piece to begin
@@ -93,6 +95,12 @@ _SHORTEST_TRAINING_S = 120.0  # it loads and tunes for some seconds each time
 _WHOLE = 0.7  # of its part must be left for a training to begin that cannot go on once the work folder is lost
 _FIRST_SHARE = 0.4  # of a calibration is for the number format of the runs
 _LOG_BYTES = 2**17  # of each piece
+_WORK_BYTES = 2 * GIB  # 60,000 images in blocks of 4 KiB; of each run of a pair the weights of every tenth epoch
+# What comes out: the docstring says of each what it is.
+RESULTS = (
+    "tests.txt", "device.toml", "runs.tar", "steps.json", "memory.json", "validation.json", "campaign.json", "logs.txt",
+)  # fmt: skip
+_NOTES = ("campaign.json", "logs.txt")
 
 
 class Piece(NamedTuple):
@@ -210,7 +218,8 @@ class Campaign:
         parts = gpu_parts.Parts()
         parts.add("start", started_s)
         found = parts.found | self.steps.parts.found | self.trainings.parts.found
-        write(self._parts_of(piece), {"parts": found, "turns": self.trainings.turns})
+        with contextlib.suppress(OSError):  # what the piece has done is worth more
+            write(self._parts_of(piece), {"parts": found, "turns": self.trainings.turns})
 
     def _parts_of(self, piece: str) -> Path:
         return self.work / f"{piece}.parts"
@@ -225,14 +234,20 @@ class Campaign:
 
     def size(self) -> int:
         """Bytes of all results: a piece that made it larger got further."""
-        notes = ("campaign.json", "logs.txt")
-        return sum(path.stat().st_size for path in self.out.glob("*.*") if path.name not in notes)
+        paths = [self.out / name for name in RESULTS if name not in _NOTES]
+        return sum(path.stat().st_size for path in paths if path.exists())
+
+    def sweep(self) -> None:
+        """Remove what a piece that was killed has half written (`write_whole`): it would be the ninth file."""
+        for name in RESULTS:
+            for path in self.out.glob(f".{name}.*"):
+                path.unlink(missing_ok=True)
 
     def take_over(self, earlier: Path) -> None:
         """Copy the results of an earlier call, where this folder has none of that name."""
-        for path in sorted(earlier.glob("*.*")):
-            if path.is_file() and not (self.out / path.name).exists():
-                write_whole(self.out / path.name, path.read_bytes())
+        for name in RESULTS:
+            if (earlier / name).is_file() and not (self.out / name).exists():
+                write_whole(self.out / name, (earlier / name).read_bytes())
 
     def others(self) -> list[str]:
         """Names of other GPUs that the results are of: neither a profile nor a run goes on on another one."""
@@ -271,7 +286,7 @@ class Campaign:
     def tested(self) -> bool:
         """The tests marked gpu ran to their end, whatever they said."""
         report = self.out / "tests.txt"
-        return report.exists() and gpu_tests.ENDED in report.read_text(encoding="utf-8")
+        return report.exists() and gpu_tests.ENDED in report.read_text(encoding="utf-8", errors="replace")
 
     def test(self) -> None:
         """Run them in the checkout that this script is in; failures are results, not failures of the piece."""
@@ -357,6 +372,7 @@ def work_through(campaign: Campaign, run: Callable[[str, float], str | None]) ->
         before, before_s = campaign.size(), campaign.remaining_s()
         print(f"piece {name}, at most {minutes:.1f} minutes", flush=True)
         failed = run(name, minutes)
+        campaign.sweep()
         further = campaign.size() > before
         campaign.note(name, before_s - campaign.remaining_s(), failed, further=further)
         campaign.keep_logs()
@@ -415,6 +431,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.cifar is None and not options.tiny:
         print("no --cifar: the runs train on synthetic images, whose accuracy says nothing", file=sys.stderr)
+    if not options.tiny and (free := shutil.disk_usage(campaign.work).free) < _WORK_BYTES:
+        room = f"{format_bytes(free)} free, and images and a pair of VGG-11 take about {format_bytes(_WORK_BYTES)}"
+        print(f"--work {campaign.work} has {room}", file=sys.stderr)
     if options.earlier is not None:
         campaign.take_over(options.earlier)
     if options.device == "cuda":

@@ -185,15 +185,20 @@ class PlannedRuns(Runs):
         """Let the clock jump to the end of the turn; an epoch that is not finished is lost."""
         cost = self._costs[turn.name]
         factor = {"low": cost.low, "high": cost.high}.get(self._end, 1.0)
-        left_s, number = turn.seconds - self._allowed.turn_s, self._reached[turn.name]
-        last, after_s = min(turn.epochs, EPOCHS), self._allowed.after_epoch_s(cost)
-        while number < last and (epoch_s := factor * cost.epochs[number] + after_s) <= left_s:
-            left_s -= epoch_s
+        taken_s, number = self._allowed.turn_s, self._reached[turn.name]
+        after_s = self._allowed.after_epoch_s(cost)
+        while number < EPOCHS:
+            end_s = turn.least_s if number >= turn.epochs else turn.seconds
+            epoch_s = factor * cost.epochs[number] + after_s
+            if taken_s + epoch_s > end_s:
+                taken_s = min(max(taken_s, end_s), turn.seconds)
+                break
+            taken_s += epoch_s
             number += 1
         self._reached[turn.name] = number
-        self._clock.now_s += turn.seconds - (left_s if number == last else 0.0)
+        self._clock.now_s += taken_s
 
-    def keep(self, running: Iterable[str] = ()) -> None:
+    def keep(self) -> None:
         """There is nothing to keep."""
 
     def machine_is_given_back(self, pairs: Sequence[Pair]) -> None:

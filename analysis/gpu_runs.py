@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import shutil
 import sys
 import tarfile
 import time
@@ -27,6 +29,7 @@ from ptsim.training.datasets import load_data
 from ptsim.training.runfolder import CHECKPOINTS, CONFIG
 
 MAX_FILE_BYTES = 16 * 2**20
+_TAR_BYTES = 2048  # of every file in an archive, at most: a header and the end of its last block
 # The paper's run on CIFAR-10: Lym et al., SC 2019, section 5.
 IMAGES, EPOCHS, BATCH, INTERVAL = 50_000, 182, 128, 10
 # A turn begins with imports, images to decode and convolutions to tune; a shorter one would be little else.
@@ -46,11 +49,16 @@ class Pair(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """Which run goes on, until it has so many epochs or so many seconds have passed."""
+    """Which run goes on, until it has so many epochs or so many seconds have passed.
+
+    It does not end before `least_s`: whoever catches up ends a few epochs ahead, since a trace is looked at every few
+    seconds, and a turn of the other one for these alone would be little else than its beginning.
+    """
 
     name: str
     epochs: float
     seconds: float
+    least_s: float
 
 
 def next_turn(epochs: Mapping[str, int], remaining_s: float) -> Turn:
@@ -61,9 +69,10 @@ def next_turn(epochs: Mapping[str, int], remaining_s: float) -> Turn:
     """
     name = min(epochs, key=lambda name: epochs[name])
     ahead = max(epochs.values())
+    part_s = remaining_s / len(epochs)
     if ahead > epochs[name]:
-        return Turn(name, ahead, remaining_s)
-    return Turn(name, math.inf, remaining_s / len(epochs))
+        return Turn(name, ahead, remaining_s, part_s)
+    return Turn(name, math.inf, part_s, part_s)
 
 
 class Runs:
@@ -133,17 +142,17 @@ class Runs:
     def turn(self, turn: Turn, pair: Pair) -> None:
         """Train one run for its turn, and note what it took."""
         began_s, before = time.monotonic(), self.epochs(turn.name)
-        until_s = began_s + turn.seconds
         noted = self.work / f"{turn.name}.parts"
         noted.unlink(missing_ok=True)
 
         def remaining_s() -> float:
-            return 0.0 if self.epochs(turn.name) >= turn.epochs else until_s - time.monotonic()
+            reached = self.epochs(turn.name) >= turn.epochs
+            return began_s + (turn.least_s if reached else turn.seconds) - time.monotonic()
 
         command = self.train_arguments(turn.name, pair, pair.runs[turn.name])
         program = (sys.executable, gpu_parts.__file__, str(noted))
         try:
-            run_together({turn.name: command}, remaining_s, lambda: self.keep([turn.name]), program=program)
+            run_together({turn.name: command}, remaining_s, self.keep, program=program)
         finally:
             self._note(turn.name, before, time.monotonic() - began_s, gpu_parts.read(noted))
 
@@ -165,27 +174,28 @@ class Runs:
             "--seed", str(pair.seed), "--set", f"device={self.device}", *self.data(),
         ]  # fmt: skip
 
-    def keep(self, running: Iterable[str] = ()) -> None:
+    def keep(self) -> None:
         """Put the traces into the results, unless what is there has got further (the checkpoints were lost).
 
-        Also what unfinished runs need to go on elsewhere, as far as the file's limit allows; not of those that are
-        running, whose checkpoints are being written.
+        Also what unfinished runs need to go on elsewhere, as far as the file's limit allows; of one that is running,
+        too, since a call that is cut off comes back here no more.
         """
         names = sorted(path.parent.name for path in self.work.glob("*/trace.jsonl"))
         for name in names:
             kept, here = self.kept(name), self.work / name / "trace.jsonl"
             if num_epochs(here) >= max(num_epochs(kept), 0):
-                write_whole(kept, b"".join(here.read_bytes().rpartition(b"\n")[:2]))  # its whole lines
-        files = {path.name: path for path in sorted((self.work / "traces").glob("*.jsonl"))}
+                write_whole(kept, whole_lines(here))
+        files = {path.name: path.read_bytes() for path in sorted((self.work / "traces").glob("*.jsonl"))}
         for name in names:
-            more = {} if name in set(running) or self.trained(name) else run_files(self.work / name)
-            # 2048: a header and whole blocks, and the rounding of a long name's.
-            if sum(2048 + path.stat().st_size for path in (*files.values(), *more.values())) < MAX_FILE_BYTES:
-                files |= more
+            if not self.trained(name):
+                taken = sum(_TAR_BYTES + len(content) for content in files.values())
+                files |= run_files(self.work / name, MAX_FILE_BYTES - tarfile.RECORDSIZE - taken)
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w") as archive:
-            for name, path in files.items():
-                archive.add(path, arcname=name)
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
         write_whole(self.out / "runs.tar", packed.getvalue())
 
     def data(self) -> list[str]:
@@ -214,8 +224,12 @@ class Runs:
         folder = self.work / "cifar10"
         new = not (folder / "complete").exists()
         if new:
-            with self.parts.timed("unpacked"), tarfile.open(self.cifar) as archive:
-                archive.extractall(folder, filter="data")
+            try:
+                with self.parts.timed("unpacked"), tarfile.open(self.cifar) as archive:
+                    archive.extractall(folder, filter="data")
+            except OSError:  # a disk that is full has none left for the other pieces
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
             (folder / "complete").touch()
         found = next((path.parent for path in sorted(folder.rglob("train")) if path.is_dir()), None)
         if found is None:
@@ -232,10 +246,26 @@ class Runs:
         self.parts.add("data", time.monotonic() - began_s, size=gpu_parts.num_images(data))
 
 
-def run_files(folder: Path) -> dict[str, Path]:
-    """What a run folder needs to go on, by name in an archive: settings, trace, newest checkpoint; else nothing."""
+def run_files(folder: Path, room: int) -> dict[str, bytes]:
+    """What a run folder needs to go on, by name in an archive: settings, newest checkpoint, trace.
+
+    Nothing where it lacks one of them or takes more than `room`, and where a run that is going on lets its checkpoint
+    go meanwhile. The trace is read last, so that it has all that the checkpoint knows of.
+    """
     checkpoints = sorted((folder / CHECKPOINTS).glob("epoch-*"))
-    if not checkpoints or not (folder / CONFIG).exists():
+    if not checkpoints:
         return {}
-    found = [folder / CONFIG, folder / "trace.jsonl", *checkpoints[-1].iterdir()]
-    return {f"{folder.name}/{path.relative_to(folder).as_posix()}": path for path in found}
+    trace = folder / "trace.jsonl"
+    with contextlib.suppress(OSError):
+        found = [folder / CONFIG, *sorted(checkpoints[-1].iterdir())]
+        if sum(_TAR_BYTES + path.stat().st_size for path in (*found, trace)) < room:
+            contents = {path: path.read_bytes() for path in found} | {trace: whole_lines(trace)}
+            return {
+                f"{folder.name}/{path.relative_to(folder).as_posix()}": content for path, content in contents.items()
+            }
+    return {}
+
+
+def whole_lines(trace: Path) -> bytes:
+    """What a trace that may be being written has but for a last line that has not ended."""
+    return b"".join(trace.read_bytes().rpartition(b"\n")[:2])

@@ -416,7 +416,8 @@ def wait(device: torch.device) -> None:
 def free(device: torch.device) -> None:
     """Give back what nobody holds any more."""
     gc.collect()
-    if device.type == "cuda":
+    # Before CUDA is there, the allocator does not know the device.
+    if device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call] # torch's gap
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,12 +20,16 @@ from processes import stopped_after
 ROOT = Path(__file__).resolve().parent.parent
 ENDED = "pytest ended with status"
 _AFTERWARDS_S = 15.0  # to count the lines that they have run
+_RAN = re.compile(r"\btest_\S+ (?:PASSED|FAILED|SKIPPED|ERROR)\b")
 
 
 def run(report: Path, work: Path, seconds: float) -> None:
     """Write what they say to `report`, and which lines that ask for CUDA none of them has run; data go to `work`.
 
     When so many seconds are over they are interrupted: what the tests until then have said is a result.
+
+    Raises:
+        RuntimeError: not one of them has run, as where they cannot be imported or pytest lacks a plug-in.
     """
     measured = importlib.util.find_spec("coverage") is not None
     with open(report, "w", encoding="utf-8") as file:  # a test that hangs leaves what came before it
@@ -38,6 +43,8 @@ def run(report: Path, work: Path, seconds: float) -> None:
         file.write(f"\n{ENDED} {status}\n\n")
         file.write("lines that ask for CUDA and that no test has run:\n")
         file.write(_unreached(work) if measured else "not known: there is no coverage.py here\n")
+    if not _RAN.search(report.read_text(encoding="utf-8", errors="replace")):
+        raise RuntimeError(f"no test marked gpu has run: {ENDED} {status}, and {report.name} says why")
 
 
 def command(*, measured: bool) -> list[str]:

@@ -29,6 +29,7 @@ from ptsim.setting import StepSetting
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "analysis"))
 gpu_campaign = importlib.import_module("gpu_campaign")
+gpu_runs = importlib.import_module("gpu_runs")
 gpu_steps = importlib.import_module("gpu_steps")
 gpu_tests = importlib.import_module("gpu_tests")
 processes = importlib.import_module("processes")
@@ -346,12 +347,20 @@ def test_the_allocator_gets_what_cudas_context_leaves_of_the_limit(tmp_path, mon
         set_per_process_memory_fraction=lambda fraction, on: fractions.append(fraction * 10 ** _get_device_index(on)),
         empty_cache=lambda: None,
         reset_peak_memory_stats=lambda _: None,
+        is_initialized=lambda: True,
         device=torch.cuda.device,  # torch looks whether it is one
     )
     monkeypatch.setattr(gpu_steps.torch, "cuda", fake)
     with gpu_steps.memory_limit(device, 8 * 2**30):
         assert fractions == [pytest.approx(7 / 100)]
     assert fractions[-1] == 1.0
+
+
+def test_a_row_that_fails_before_the_gpu_is_asked_anything_is_a_row(tmp_path):
+    steps = gpu_steps.Steps(tmp_path, torch.device("cuda", 0), tiny=True, remaining_s=lambda: 100.0)
+    steps.measure([("nowhere", 1, "fp32", "contiguous")], power=False)
+    (row,) = json.loads((tmp_path / "steps.json").read_text())
+    assert "unknown model 'nowhere'" in row["failed"]
 
 
 def test_steps_that_do_not_fit_are_told_from_steps_that_run(monkeypatch):
@@ -472,20 +481,73 @@ def test_the_parts_fit_into_three_calls_of_half_an_hour_of_a_machine(tmp_path):
     assert sum(piece.minutes for piece in campaign_at(tmp_path).pieces.values()) <= 3 * 8.5
 
 
-def test_what_a_training_leaves_of_the_others_checkpoints_is_what_was_there(results, tmp_path):
-    """A run that is not finished can go on elsewhere, also after another pair has trained."""
+def test_what_a_run_needs_to_go_on_elsewhere_is_kept_while_it_is_running(results, tmp_path, monkeypatch):
+    """A call that is cut off does not come back to do it; also while another pair trains."""
     campaign = campaign_at(tmp_path)
     whole = results[2].work / "resnet20-pruned-s1"
     other = campaign.work / "resnet32-pruned-s1"
     shutil.copytree(whole, other)
     lines = (other / "trace.jsonl").read_bytes().splitlines(keepends=True)
-    (other / "trace.jsonl").write_bytes(b"".join(lines[:-1]))
-    campaign.trainings.keep(["vgg11-dense-s1"])  # which is running
+    (other / "trace.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:9])  # is being written
+    campaign.trainings.keep()
+    newest = max((other / "checkpoints").glob("epoch-*"))
     with tarfile.open(tmp_path / "runs.tar") as archive:
-        assert {name.split("/")[0] for name in archive.getnames()} == {"resnet32-pruned-s1.jsonl", other.name}
-    campaign.trainings.keep([other.name])  # its checkpoints are being written
-    with tarfile.open(tmp_path / "runs.tar") as archive:
-        assert archive.getnames() == ["resnet32-pruned-s1.jsonl"]
+        stored = {member.name: archive.extractfile(member).read() for member in archive.getmembers()}
+    checkpoint = {f"{other.name}/checkpoints/{newest.name}/{path.name}": path for path in newest.iterdir()}
+    config = {f"{other.name}/config.toml": other / "config.toml"}
+    traces = ("resnet32-pruned-s1.jsonl", f"{other.name}/trace.jsonl")
+    assert stored == {name: path.read_bytes() for name, path in (checkpoint | config).items()} | dict.fromkeys(
+        traces, b"".join(lines[:-1])
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_runs, "MAX_FILE_BYTES", 100_000)  # less than it has
+        campaign.trainings.keep()
+    assert names_in(tmp_path / "runs.tar") == traces[:1]
+    (newest / "state.safetensors.gone").symlink_to(newest / "nothing")  # as if the run let it go meanwhile
+    campaign.trainings.keep()
+    assert names_in(tmp_path / "runs.tar") == traces[:1]
+
+
+def names_in(path):
+    with tarfile.open(path) as archive:
+        return tuple(archive.getnames())
+
+
+def test_what_a_killed_piece_has_half_written_is_no_result(tmp_path):
+    """It would be a ninth file, grow the results, and go from call to call."""
+    first, second = campaign_at(tmp_path / "first"), campaign_at(tmp_path / "second")
+
+    def run(_name, _minutes):
+        for name in (".runs.tar.abcd1234", ".notes"):
+            (first.out / name).write_text("half")
+
+    work_through(first, run)
+    assert {path.name for path in first.out.glob(".*")} == {".notes"}
+    assert not any(entry["further"] for entry in first.log)
+    run("", 0)
+    (first.out / "steps.json").write_text("[]")
+    second.take_over(first.out)
+    names = {path.name for path in second.out.iterdir() if path.is_file()}
+    assert names == {"campaign.json", "logs.txt", "steps.json"}
+
+
+def test_a_work_folder_without_room_costs_no_piece_its_success(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gpu_campaign, "write", full)
+    assert main(["--device", "cpu", "--tiny", "--out", str(tmp_path), "--piece", "memory", "--minutes", "60"]) == 0
+    assert (tmp_path / "memory.json").exists()
+
+
+@pytest.mark.parametrize(("free", "told"), [(10**9, True), (10**11, False)])
+def test_too_little_room_to_work_in_is_told_at_once(tmp_path, monkeypatch, capsys, free, told):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_campaign, "board_name", lambda: None)
+    monkeypatch.setattr(gpu_campaign, "work_through", lambda *_: [])
+    monkeypatch.setattr(gpu_campaign.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free))
+    assert main(["--out", str(tmp_path)]) == 0
+    assert ("954 MiB free, and images and a pair of VGG-11 take about 2.00 GiB" in capsys.readouterr().err) == told
 
 
 def test_the_installed_package_runs_where_a_checkout_is_the_current_folder(tmp_path):
@@ -642,6 +704,24 @@ def test_what_the_tests_have_said_until_they_were_stopped_is_a_result(tmp_path, 
     said = (tmp_path / "tests.txt").read_text().splitlines()
     assert said[:3] == ["test_one PASSED", "test_two ", "pytest ended with status 2"]
     assert said[-1] == "not known: there is no coverage.py here"
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("ERROR collecting tests/gpu/test_on_a_gpu.py\nImportError: No module named 'PIL'\n", 2),
+        ("ERROR: unknown configuration option 'timeout'\n", 4),
+    ],
+)
+def test_tests_of_which_none_could_run_are_no_result_that_nobody_hears_of(tmp_path, monkeypatch, said, status):
+    """Another try would say the same."""
+    monkeypatch.setattr(gpu_tests, "stopped_after", lambda *_, stdout, **__: stdout.write(said) and status)
+    monkeypatch.setattr(gpu_tests.importlib.util, "find_spec", lambda _: None)
+    campaign = campaign_at(tmp_path, device="cuda")
+    with pytest.raises(RuntimeError, match=rf"no test marked gpu has run: pytest ended with status {status}"):
+        campaign.test()
+    assert campaign.tested()
+    assert said in (tmp_path / "tests.txt").read_text()
 
 
 def test_results_of_another_kind_of_gpu_are_not_gone_on_with(tmp_path, monkeypatch, capsys):
