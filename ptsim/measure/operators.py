@@ -166,10 +166,24 @@ def _kernel_seconds(call: Callable[[], object], device: torch.device) -> float:
             for _ in range(_GRAPH_CALLS):
                 call()
     except RuntimeError:  # an operator that waits for the device cannot be captured: time it with its gaps
-        torch.cuda.set_stream(usual)  # a capture that fails leaves its own
-        torch.cuda.synchronize(device)
+        _leave_failed_capture(usual, device)
         return _median_between_events(lambda: [call() for _ in range(_GRAPH_CALLS)], device) / _GRAPH_CALLS
     return _median_between_events(graph.replay, device) / _GRAPH_CALLS
+
+
+def _leave_failed_capture(usual: torch.cuda.Stream, device: torch.device) -> None:
+    """Back to the usual stream, and to random numbers.
+
+    A capture that fails leaves its own stream, and the device's generator as captured: from then on every random tensor
+    would raise "Offset increment outside graph capture encountered unexpectedly", and no operator could be timed.
+
+    Source: aten/src/ATen/cuda/CUDAGraph.cpp, `capture_end`, which gives up before `capture_epilogue`.
+    """
+    torch.cuda.set_stream(usual)
+    torch.cuda.synchronize(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(torch.Generator(device).manual_seed(generator.initial_seed()))
 
 
 def _median_between_events(run: Callable[[], object], device: torch.device, repeats: int = _GRAPH_REPLAYS) -> float:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import ptsim
 from tests.gpu import test_on_a_gpu
@@ -35,6 +36,24 @@ def test_the_tests_that_are_named_exist():
     assert {test for test in COVERED.values() if not hasattr(test_on_a_gpu, test)} == set()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # as on a GPU
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("test_a_resumed_run_goes_on_on_the_gpu", {}),
+        ("test_a_minibatch_grows_as_far_as_it_may_where_a_trial_step_fits", {}),
+        ("test_ones_own_loop_prunes_on_the_gpu_and_its_number_format_is_seen", {"half": True}),
+        ("test_ones_own_loop_prunes_on_the_gpu_and_its_number_format_is_seen", {"half": False}),
+    ],
+)
+def test_what_is_asked_of_a_gpu_is_right_use_of_ptsim_on_a_cpu(name, arguments, tmp_path, monkeypatch):
+    """Nobody has a GPU at hand to find out; the CPU stands for one that has no TF32."""
+    monkeypatch.setattr(test_on_a_gpu, "CUDA", "cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    getattr(test_on_a_gpu, name)(tmp_path, **arguments)
+
+
 REACHED_BY = {
     "test_calibrate_gpu_writes_a_profile_of_this_gpu": [
         "cli/calibrate_gpu:_device",
@@ -48,8 +67,13 @@ REACHED_BY = {
         "measure/operators:host_seconds",
         "measure/operators:time_operator",
     ],
+    "test_a_capture_that_fails_takes_no_later_operator_with_it": [
+        "measure/operators:_leave_failed_capture",
+    ],
+    "test_calibrate_network_joins_by_nccl_and_says_that_one_rank_is_too_few": [
+        "cli/calibrate_network:_live",
+    ],
     "test_doctor_sees_the_gpu": [
-        "cli/doctor:_gpu_remedy",
         "cli/doctor:_nvml",
         "cli/doctor:_print",
         "cli/doctor:_torch",
@@ -113,32 +137,32 @@ REACHED_BY = {
     "test_a_device_that_does_not_exist_is_refused": [
         "training/distributed:_device",
     ],
-    "test_torchrun_with_one_rank_uses_the_gpu": [
-        "training/distributed:join_team",
-    ],
     "test_a_minibatch_that_does_not_fit_is_told_without_leaving_memory_taken": [
-        "training/growth:proposed_batch",
-        "training/minibatch:BatchPolicy.grow",
         "training/step:fits",
+    ],
+    "test_a_minibatch_grows_as_far_as_it_may_where_a_trial_step_fits": [
+        "training/minibatch:BatchPolicy.grow",
     ],
     "test_live_data_sets_come_through_pinned_memory": [
         "training/live:LiveData.__init__",
     ],
-    "test_ones_own_loop_with_a_gradient_scaler_prunes_on_the_gpu": [
+    "test_ones_own_loop_prunes_on_the_gpu_and_its_number_format_is_seen": [
         "measure/tf32:convolutions_use_tf32",
         "training/formats:pass_format",
+        "training/growth:proposed_batch",
     ],
 }
 COVERED = {function: test for test, functions in REACHED_BY.items() for function in functions}
 UNREACHED = {
     "capture/standins:_on": "answers for a stand-in, which has no device of its own",
+    "cli/doctor:_gpu_remedy": "says why torch sees no GPU",
     "costs/profiled:profiled_step": "reads a profile, which says on what it was measured",
     "hardware/catalog:profiled_device": "the same",
     "measure/calibrate:_Calibration._alone": "an operator that cuDNN has no kernel for",
-    "cli/calibrate_network:_live": "all-reduces by NCCL need two GPUs",
-    "measure/collectives:_timed": "the same",
+    "measure/collectives:_timed": "all-reduces by NCCL need two GPUs",
     "measure/collectives:measure_table": "the same",
     "measure/kineto:_profile": "reads files, which say on what they were recorded",
     "export/chakra:_step_content": "reads a trace, which says on what it was recorded",
+    "training/distributed:join_team": "the backend is that of several ranks, and NCCL wants a GPU for each",
     "training/wrapping:wrap": "DistributedDataParallel needs two GPUs",
 }

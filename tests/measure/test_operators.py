@@ -141,8 +141,11 @@ def test_every_round_casts_the_weights_as_a_training_step_does(precision, casts)
 
 
 def test_a_pass_that_cannot_be_captured_is_timed_with_its_gaps_on_the_usual_stream(monkeypatch):
-    """Ten calls of two seconds each in every one of five spans, whatever stream a failed capture has left."""
-    gpu = SimpleNamespace(seconds=0.0, stream="usual", seen=[])
+    """Ten calls of two seconds each in every one of five spans, whatever stream a failed capture has left.
+
+    Random numbers that it has left as captured begin anew.
+    """
+    gpu = SimpleNamespace(seconds=0.0, stream="usual", seen=[], random="usual")
 
     class Event:
         def record(self, stream):
@@ -157,10 +160,24 @@ def test_a_pass_that_cannot_be_captured_is_timed_with_its_gaps_on_the_usual_stre
             pass
 
         def __enter__(self):
-            gpu.stream = "capture"
+            gpu.stream = gpu.random = "capture"
 
         def __exit__(self, *_):
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    class Generator:
+        def __init__(self, device):
+            assert device == torch.device("cuda")
+
+        def manual_seed(self, seed):
+            self.seed = seed
+            return self
+
+        def initial_seed(self):
+            return 7
+
+        def graphsafe_set_state(self, other):
+            gpu.random = f"begins with {other.seed}"
 
     def stream(name=None):
         return SimpleNamespace(name=name or gpu.stream, wait_stream=lambda _: None)
@@ -170,6 +187,7 @@ def test_a_pass_that_cannot_be_captured_is_timed_with_its_gaps_on_the_usual_stre
 
     monkeypatch.setattr(operators, "cuda_event", Event)
     monkeypatch.setattr(operators, "_side_stream", lambda _: stream("side"))
+    monkeypatch.setattr(torch, "Generator", Generator)
     for name, stand_in in {
         "current_stream": lambda _: stream(),
         "set_stream": lambda to: setattr(gpu, "stream", to.name),
@@ -177,7 +195,10 @@ def test_a_pass_that_cannot_be_captured_is_timed_with_its_gaps_on_the_usual_stre
         "synchronize": lambda _: None,
         "CUDAGraph": lambda: None,
         "graph": Capture,
+        "current_device": lambda: 0,
+        "default_generators": (Generator(torch.device("cuda")),),
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     assert operators._kernel_seconds(call, torch.device("cuda")) == 2.0
     assert gpu.seen == ["usual"] * 10
+    assert gpu.random == "begins with 7"
