@@ -5,7 +5,7 @@
 
 A claim with a trace or a table (of a file or of a page) as its source is computed again from it, every number of its
 value; of other pages the figures, with their units, and of tests the numbers must stand there; a claim without a source
-cannot be checked here.
+cannot be checked here. Whether a goal for the saved time was met is decided by the numbers before they are rounded.
 A paragraph or row of the README, of a page of docs or of traces/README.md that quotes a measured figure (a percentage,
 seconds, …) must link its claim, and its numbers must stand in that claim. Pages that `[[page]]` lists say how their
 figures were made. A script that a command names must exist. Tables between `<!-- table: NAME -->` and `<!-- end -->`
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,8 @@ TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FILLED = ("docs/accuracy.md", "docs/evidence.md", "traces/README.md")  # pages with such tables
 STRICT = ("README.md", "docs/evidence.md")  # beside a link to a claim every number must stand in it
 CHECKS: Mapping[str, Callable[[Path], Figures]] = claims_recorded.CHECKS | claims_layers.CHECKS | claims_public.CHECKS
+REACHED = claims_recorded.REACHED | claims_layers.REACHED
+_VERDICT = re.compile(r"saved time over saved (?:FLOPs|MACs) ([\d.]+) \((met|missed)\b")
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -106,6 +108,8 @@ def wrong_claims(
             yield f"{claim.id}: there is no {gone[0]}"
         elif claim.id in checks:
             yield from wrong_figures(claim, checks[claim.id](root))
+            if claim.id in REACHED:
+                yield from wrong_verdict(claim, REACHED[claim.id](root))
         elif claim.source.endswith((".md", ".py")):
             text = (root / claim.source).read_text(encoding="utf-8")
             quoted = misquoted(claim.value, text) if claim.source.endswith(".md") else []
@@ -125,6 +129,15 @@ def wrong_figures(claim: Claim, figures: Figures) -> Iterator[str]:
         yield f"{claim.id}: {claim.source} says {figure!r}, the claim {claim.value!r}"
     for number in sorted(numbers(value)):
         yield f"{claim.id}: nothing computes {number} of {claim.value!r}"
+
+
+def wrong_verdict(claim: Claim, reached: Sequence[float]) -> Iterator[str]:
+    """Whether a goal for the saving was met; 0.86 is not 0.9, though a value has it so."""
+    if told := _VERDICT.match(claim.goal):
+        verdict = "met" if min(reached) >= float(told[1]) else "missed"
+        if verdict != told[2]:
+            numbers_ = ", ".join(f"{number:.3f}" for number in reached)
+            yield f"{claim.id}: {claim.source} says {numbers_}, so that the goal is {verdict}: {claim.goal!r}"
 
 
 def wrong_pages(claims: tuple[Claim, ...], pages: tuple[Page, ...], root: Path = ROOT) -> Iterator[str]:

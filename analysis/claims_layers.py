@@ -90,6 +90,12 @@ def recorded_steps(root: Path, *, folder: str) -> Figures:
     ]
 
 
+def step_ratios(root: Path, *, folder: str) -> list[float]:
+    """What the step of the last network saves for each part that is saved of the MACs, not rounded."""
+    rows = by_layer(root, folder, "steps").set_index("network")
+    return [float(rows.saved_time_per_saved_macs["pruned, multiple of 1"])]
+
+
 def recorded_narrow(root: Path, *, folder: str, run: str) -> Figures:
     """The first convolutions of the later blocks of layer1, which keep their input channels."""
     table, trace = by_layer(root, folder, "layers").set_index("layer"), read_recorded(root, folder, run)
@@ -145,4 +151,10 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "recorded-resnet32-narrow": partial(recorded_narrow, run="seed2-prunetrain-r0.25", folder=RESNET32),
     "recorded-modes-layers": partial(gating_layers, gating="mode-gating", union="mode-union", folder=RESNET32),
     "overheads": overheads,
+}
+# What of the claims about steps a goal is compared with.
+REACHED: dict[str, Callable[[Path], list[float]]] = {
+    name: partial(step_ratios, **check.keywords)
+    for name, check in CHECKS.items()
+    if isinstance(check, partial) and check.func is recorded_steps
 }

@@ -62,9 +62,19 @@ def recorded(root: Path, folder: str, run: str, beside: str) -> dict[str, float]
     return {key: ours[key] / theirs[key] for key in ours} | accuracies
 
 
-def ratio(of: Mapping[str, float]) -> str:
+def saved_ratio(of: Mapping[str, float]) -> float:
     """What was saved of the time for each part that was saved of the FLOPs."""
-    return f"{(1 - of['time']) / (1 - of['flops']):.1f}"
+    return (1 - of["time"]) / (1 - of["flops"])
+
+
+def ratio(of: Mapping[str, float]) -> str:
+    """The same as a claim writes it."""
+    return f"{saved_ratio(of):.1f}"
+
+
+def saved_ratios(root: Path, *, folder: str, pairs: Pairs) -> list[float]:
+    """The same of every pair, not rounded."""
+    return [saved_ratio(recorded(root, folder, run, beside)) for run, beside in pairs.items()]
 
 
 def setting(trace: ptsim.Trace) -> Figures:
@@ -166,8 +176,15 @@ def unpruned_longer(root: Path, *, folder: str, pairs: Pairs) -> Figures:
 
 
 def own_pace(trace: ptsim.Trace) -> float:
-    """The time of a run at the mean pace of its own first ten epochs: its epochs' mean over theirs."""
+    """The time of a run at the mean pace of its own first ten epochs: its epochs' mean over theirs.
+
+    Raises:
+        ValueError: one of these ten is pruned, and the claims say that none is.
+    """
     seconds = epochs_s(trace)
+    early = [epoch.epoch for epoch in trace.epochs[:10] if epoch.architecture != trace.epochs[0].architecture]
+    if early:
+        raise ValueError(f"{trace.path} is pruned from epoch {early[0]} on: its first ten epochs are no pace of it")
     return sum(seconds) / len(seconds) / (sum(seconds[:10]) / 10)
 
 
@@ -406,4 +423,10 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "recorded-twice": partial(recorded_twice, runs=("batch-fixed", "mode-union"), folder=RESNET32),
     "recorded-unpruned": partial(unpruned_apart, pairs=_PAIRS),
     "recorded-own-work": partial(own_work, runs=_OWN_WORK),
+}
+# What of the claims about pairs a goal is compared with.
+REACHED: dict[str, Callable[[Path], list[float]]] = {
+    name: partial(saved_ratios, **check.keywords)
+    for name, check in CHECKS.items()
+    if isinstance(check, partial) and check.func is recorded_saving
 }

@@ -30,6 +30,12 @@ CLUSTERS = {"dgx-1-v100": "V100", "dgx-a100": "A100", "dgx-h100": "H100"}
 GPUS = (8, 16, 32, 64, 128, 256)
 
 
+def runs() -> tuple[ptsim.Trace, ptsim.Trace]:
+    """The planned runs, dense and pruned."""
+    dense, pruned = (ptsim.plan("torchvision:resnet50", pruning=pruning, **RUN) for pruning in ("none", PRUNING))
+    return dense, pruned
+
+
 def table(dense: ptsim.Trace, pruned: ptsim.Trace) -> pd.DataFrame:
     """One row per cluster and number of GPUs: the saved share of the time, its interval, and that of the FLOPs."""
     (comparison,) = compare_runs([dense, pruned])
@@ -74,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         help="file of the figure; its table goes beside it",
     )
     arguments = parser.parse_args(argv)
-    runs = [ptsim.plan("torchvision:resnet50", pruning=pruning, **RUN) for pruning in ("none", PRUNING)]
-    rows = table(*runs)
+    rows = table(*runs())
     columns = [
         "gpu",
         "gpus",

@@ -1,6 +1,7 @@
 import importlib
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import ptsim
@@ -23,3 +24,16 @@ def test_the_picture_has_a_line_per_gpu_below_the_saved_flops(tmp_path: Path, mo
     )  # backward has a first layer
     axes = script.figure(rows).axes[0]
     assert len(axes.lines) == 1 + len(script.CLUSTERS)
+
+
+def test_the_table_beside_the_picture_is_what_the_model_says_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's first figures; made again whenever they move by more than a fifth of a point."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "analysis"))
+    script = importlib.import_module("readme_picture")
+    monkeypatch.setattr(script, "GPUS", (8,))
+    rows = script.table(*script.runs())
+    kept = pd.read_csv(script.ROOT / "docs" / "images" / "saving.csv")
+    kept = kept[kept.gpus == 8]
+    assert list(rows.gpu) == list(kept.gpu)
+    for column in ("saved_fraction", "saved_fraction_low", "saved_fraction_high", "saved_flops_fraction"):
+        assert list(rows[column]) == pytest.approx(list(kept[column]), abs=2e-3)

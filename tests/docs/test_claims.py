@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +68,33 @@ def test_a_figure_that_the_value_does_not_need_may_stand_in_the_words_around_it(
     one = claim(script, value="3 %", claim="on 40 rows", machine="8 GPUs", seen="it was 5 %")
     assert list(script.wrong_figures(one, ["3 %", "40 rows", "8 GPUs", "it was 5 %"])) == []
     assert len(list(script.wrong_figures(one, ["3 %", "41 rows"]))) == 1
+
+
+@pytest.mark.parametrize(
+    ("goal", "reached", "verdict"),
+    [
+        ("saved time over saved FLOPs 0.9 (met)", [0.86], "missed"),  # 0.9 as the value has it
+        ("saved time over saved FLOPs 0.9 (met)", [0.9, 1.1], None),
+        ("saved time over saved FLOPs 0.9 (missed by the whole run)", [0.7, 1.1], None),
+        ("saved time over saved MACs 0.9 (missed)", [1.0], "met"),
+        ("saved time over saved MACs 0.9 (within the scatter)", [1.0], None),
+        ("", [0.1], None),
+    ],
+)
+def test_a_goal_is_met_by_the_numbers_before_they_are_rounded(
+    script: ModuleType, goal: str, reached: list[float], verdict: str | None
+) -> None:
+    found = list(script.wrong_verdict(claim(script, value="0.9", source="a.csv", goal=goal), reached))
+    assert [f"so that the goal is {verdict}:" in sentence for sentence in found] == [True] * (verdict is not None)
+
+
+@pytest.mark.parametrize("name", ["recorded-seeds", "recorded-vgg11-steps"])
+def test_a_verdict_that_the_recorded_runs_do_not_bear_out_is_found(script: ModuleType, name: str) -> None:
+    right = next(one for one in script.read_claims() if one.id == name)
+    other = {"met": "missed", "missed": "met"}
+    goal = re.sub(r"\((met|missed)", lambda told: f"({other[told[1]]}", right.goal)
+    (found,) = script.wrong_claims((msgspec.structs.replace(right, goal=goal),))
+    assert "the goal is" in found
 
 
 def test_a_source_from_which_nothing_is_computed_is_found(script: ModuleType, tmp_path: Path) -> None:
@@ -217,6 +245,16 @@ def test_times_of_recorded_runs_are_those_of_their_epochs_and_reconfigurations(
     assert rows["validation accuracy, last epoch"][:3] == ["90.0 %"] * 3
     assert rows["training FLOPs, of dense"][0] == ""
     assert "mini-batch" not in rows
+
+
+def test_a_run_that_is_pruned_early_has_no_pace_of_ten_unpruned_epochs(
+    module: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    records = shrinking_records(epochs=12, interval=5, penalty_ratio=0.2, batch_step=0, profiles=False)
+    write_trace(tmp_path / "traces" / "runs" / "early.jsonl", records)
+    recorded = module("claims_recorded")
+    with pytest.raises(ValueError, match=r"early.jsonl is pruned from epoch 5 on"):
+        recorded.own_pace(recorded.read_recorded(tmp_path, "runs", "early"))
 
 
 def test_a_table_of_layers_adds_up_those_of_a_kind(module: Callable[[str], ModuleType], tmp_path: Path) -> None:
