@@ -42,6 +42,7 @@ def test_the_tests_that_are_named_exist():
     ("name", "arguments"),
     [
         ("test_a_resumed_run_goes_on_on_the_gpu", {}),
+        ("test_a_run_is_costed_and_reported_with_the_gpu_that_it_ran_on", {}),
         ("test_a_minibatch_grows_as_far_as_it_may_where_a_trial_step_fits", {}),
         ("test_ones_own_loop_prunes_on_the_gpu_and_its_number_format_is_seen", {"half": True}),
         ("test_ones_own_loop_prunes_on_the_gpu_and_its_number_format_is_seen", {"half": False}),
@@ -78,12 +79,14 @@ REACHED_BY = {
         "cli/doctor:_print",
         "cli/doctor:_torch",
     ],
-    "test_a_run_trains_prunes_and_records_memory_energy_and_versions": [
+    "test_a_run_is_costed_and_reported_with_the_gpu_that_it_ran_on": [
         "costs/run:recorded_device",
+        "report/methods:_run_facts",
+    ],
+    "test_a_run_trains_prunes_and_records_memory_energy_and_versions": [
         "measure/tf32:_new_switches",
         "measure/tf32:_old_values",
         "measure/tf32:tf32_allowed",
-        "report/methods:_run_facts",
         "training/facts:check_numbers",
         "training/loop:_check_team",
         "training/loop:_train",

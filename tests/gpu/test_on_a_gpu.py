@@ -59,9 +59,13 @@ def test_a_run_trains_prunes_and_records_memory_energy_and_versions(tmp_path, pr
     assert all(epoch.device.energy_j > 0 for epoch in trace.epochs)
     assert all(epoch.time.wall_s >= epoch.time.forward_s + epoch.time.backward_s for epoch in trace.epochs)
     assert trace.profiles[0].peak_memory_bytes > 0
+
+
+def test_a_run_is_costed_and_reported_with_the_gpu_that_it_ran_on(tmp_path):
+    _, trace = trained(tmp_path / "run", memory_format="channels_last")
     assert ptsim.cost(trace).peak_memory_bytes > 0
-    if precision == "fp32":  # seconds, which the others need not take of a lent machine's
-        ptsim.write_report([trace], tmp_path / "report")
+    page = ptsim.write_report([trace], tmp_path / "report")
+    assert trace.run.device.name in page.read_text()
 
 
 def test_the_same_run_on_gpu_and_cpu_begins_with_the_same_loss(tmp_path):
