@@ -36,9 +36,9 @@ no GPU. Where the machine is given back before, it is made of the results anywhe
     python analysis/gpu_campaign.py --device cpu --out results --piece validate
 
 Where the files of one folder come back, which is emptied before each call, that folder is `--out`, its last content is
-`--earlier`, and `--work` is elsewhere, in memory perhaps (/dev/shm): a checkpoint is written after every epoch. Nothing
-else belongs into `--out`; a log of the call would be the ninth file. Results of two kinds of GPU are not mixed: ask for
-the same one every time.
+`--earlier`, and `--work` is elsewhere, in memory perhaps (/dev/shm, if it has 2 GiB): a checkpoint is written after
+every epoch. Nothing else belongs into `--out`; a log of the call would be the ninth file. Results of two kinds of GPU
+are not mixed: ask for the same one every time.
 
 It needs no network and no git, but ptsim installed (`ptsim.models` exists only then). The installed package is what
 runs, also where the checkout is the current folder. For a machine that has torch, pandas, scikit-learn and the like and
