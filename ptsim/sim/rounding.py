@@ -14,6 +14,8 @@ from ptsim.network import Layer, LayerKind, Network, Parameter
 from ptsim.operators import BRANCH_CONSTANT, constant_axis, is_gate, is_transposed, second_features, ungated
 
 Shape = tuple[int, ...]
+# What they give has other channels than what they are given, or the same ones elsewhere.
+_OTHER_CHANNELS = (LayerKind.CONCAT, LayerKind.RESHAPE, LayerKind.MATMUL, LayerKind.OTHER)
 
 
 class _Growth(NamedTuple):
@@ -25,16 +27,21 @@ class _Growth(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """What a layer's channels are rounded to: a multiple, and at most as many as there were before pruning."""
+    """What a layer's channels are rounded to: a multiple, and at most as many as there were before pruning.
+
+    They share out over `groups`, those of convolutions that read them.
+    """
 
     multiple: int
+    groups: int
     most: int | None
 
     def of(self, channels: int, groups: int = 1) -> int:
-        """The channels instead of so many, of which every group has equally many."""
+        """The channels instead of so many, of which every one of the layer's own groups has equally many, too."""
+        groups = math.lcm(groups, self.groups)
         step = math.lcm(self.multiple, groups)
         up = -(-channels // step) * step
-        return up if self.most is None else max(channels, min(up, self.most))
+        return up if self.most is None else max(channels, min(up, self.most // groups * groups))
 
 
 @functools.lru_cache(maxsize=256)
@@ -64,6 +71,7 @@ def rounded(network: Network, multiple: int, dense: Network | None = None) -> Ne
     parameters: dict[str, list[Parameter]] = {}
     for parameter in network.parameters:
         parameters.setdefault(parameter.layer, []).append(parameter)
+    shares = _shares(network, producers)
     before = {} if dense is None else {layer.name: layer for layer in dense.layers}
     new: dict[str, Layer] = {}
     grown = {parameter.name: parameter for parameter in network.parameters}
@@ -71,7 +79,7 @@ def rounded(network: Network, multiple: int, dense: Network | None = None) -> Ne
         outputs = [(network.layer(source).output_shape, new[source].output_shape) for source in producers[layer.name]]
         inputs = _inputs(layer, outputs, network.input_shape)
         is_classifier = layer.name in products[-1:] and layer.out_channels == network.num_classes
-        goal = _Target(1 if is_classifier else multiple, _most(layer, before))
+        goal = _Target(1 if is_classifier else multiple, shares[layer.name], _most(layer, before))
         found = (_round_constant if layer.op == BRANCH_CONSTANT else _round_layer)(layer, inputs, goal)
         own = [_round_parameter(parameter, layer, found) for parameter in parameters.get(layer.name, ())]
         grown |= {parameter.name: parameter for parameter in own}
@@ -83,6 +91,42 @@ def rounded(network: Network, multiple: int, dense: Network | None = None) -> Ne
     )
     footprints = tuple(rescaled(footprint, network, result) for footprint in network.footprints)
     return msgspec.structs.replace(result, footprints=footprints)
+
+
+def _shares(network: Network, producers: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Over how many groups the channels of every layer have to share out.
+
+    Those that a grouped convolution reads do, over its groups, and with them whatever they are added to.
+    """
+    layers = {layer.name: layer for layer in network.layers}
+    consumers: dict[str, list[str]] = {name: [] for name in layers}
+    for target, sources in producers.items():
+        for source in sources:
+            consumers[source].append(target)
+    found = dict.fromkeys(layers, 1)
+    for reader in network.layers:
+        grouped = reader.kind is LayerKind.CONV and reader.groups > 1 and not _is_depthwise(reader)
+        waiting, seen = list(producers[reader.name]) if grouped else [], set[str]()
+        while waiting:
+            layer = layers[waiting.pop()]
+            if layer.name in seen or (layer.kind in _OTHER_CHANNELS and not _makes_channels(layer)):
+                continue
+            seen.add(layer.name)
+            found[layer.name] = math.lcm(found[layer.name], reader.groups)
+            waiting += (name for name in consumers[layer.name] if not _makes_channels(layers[name]))
+            waiting += () if _makes_channels(layer) else producers[layer.name]
+    return found
+
+
+def _makes_channels(layer: Layer) -> bool:
+    """Whether a layer decides how many channels it gives."""
+    product = layer.kind in (LayerKind.CONV, LayerKind.LINEAR) and not _is_depthwise(layer)
+    return product or layer.op == BRANCH_CONSTANT or is_gate(layer.name)
+
+
+def _is_depthwise(layer: Layer) -> bool:
+    """Whether every channel is convolved by itself: such a layer has the channels of its input."""
+    return layer.groups == layer.in_channels > 1
 
 
 # ---------------------------------------------------------------------- what flows in
@@ -167,7 +211,7 @@ def _round_layer(layer: Layer, inputs: tuple[Shape, ...], target: _Target) -> La
     match layer.kind:
         case LayerKind.CONV if inputs:
             in_channels = layer.unfolded(inputs[0])[1][0]
-            if layer.groups == layer.in_channels > 1:  # depthwise: follows its input
+            if _is_depthwise(layer):
                 groups, out_channels = in_channels, out_channels // layer.in_channels * in_channels
             else:
                 out_channels = target.of(out_channels, groups)

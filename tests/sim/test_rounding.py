@@ -238,6 +238,21 @@ def chain(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+class Bottleneck(nn.Module):
+    """A convolution in three groups of the sum of two others, one of them depthwise; a third is added later."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.each, self.other = nn.Conv2d(width, width, 3, padding=1, groups=width), nn.Conv2d(3, width, 1)
+        self.inner, self.last = nn.Conv2d(width, out, 3, padding=1, groups=3), nn.Conv2d(out, width, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.each(self.norm(self.first(x))) + self.other(x))
+        y: torch.Tensor = x + self.last(self.inner(x))
+        return y.mean((2, 3))
+
+
 def volume(a: int, b: int) -> nn.Sequential:
     """The image's channels as the depth of a volume."""
     convolutions = nn.Conv3d(1, a, 3, padding=1), nn.Conv3d(a, b, 2)
@@ -252,6 +267,8 @@ def volume(a: int, b: int) -> nn.Sequential:
         (3, lambda a, b: chain(nn.Conv2d(3, a, 3), nn.Conv2d(a, b, 3, groups=a)), (12, 24), (16, 32)),  # depthwise
         # a multiple of 8 channels in 3 groups
         (3, lambda a, b: chain(nn.Conv2d(3, a, 3), nn.Conv2d(a, b, 3, groups=3)), (24, 30), (24, 48)),
+        # the same of what such a convolution reads, wherever it is made
+        (3, Bottleneck, (27, 30), (48, 48)),
         (3, lambda a, b: chain(nn.Conv2d(3, a, 3), nn.ConvTranspose2d(a, b, 2)), (12, 20), (16, 24)),
         (3, volume, (12, 20), (16, 24)),
         (3, lambda a, b: chain(nn.Conv2d(3, a, 3), nn.PReLU(a), nn.Conv2d(a, b, 3)), (12, 20), (16, 24)),
@@ -264,8 +281,8 @@ def volume(a: int, b: int) -> nn.Sequential:
         (3, Attended, (12, 20), (16, 24)),
     ],
     ids=[
-        *("grey", "single", "depthwise", "grouped", "transposed", "volume", "slopes", "joined", "beside", "halves"),
-        *("turned", "patches", "paired", "attended"),
+        *("grey", "single", "depthwise", "grouped", "read", "transposed", "volume", "slopes", "joined", "beside"),
+        *("halves", "turned", "patches", "paired", "attended"),
     ],
 )
 def test_every_form_of_a_convolution_is_as_captured_with_those_widths(
