@@ -10,7 +10,7 @@ import msgspec
 
 from ptsim.answers.subject import Subject, find_subject
 from ptsim.costs.buckets import ddp_buckets
-from ptsim.costs.collectives import all_reduce
+from ptsim.costs.collectives import AllReduceTime, all_reduce, made_of_halves
 from ptsim.costs.energy import step_energy
 from ptsim.costs.flops import flops_utilization, training_macs
 from ptsim.costs.memory import iteration_memory, usable_bytes
@@ -57,7 +57,8 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         mfu_fraction: FLOPs of the step over what the GPUs' arithmetic could do meanwhile; None where the device's peak
             for the precision is not known.
         energy_joules: of one step on all GPUs; None for a CPU.
-        hook_seconds: of the gradients' hooks and copies into buckets; 0 on one GPU.
+        hook_seconds: of the gradients' hooks and copies into buckets; 0 on one GPU, and where the profile is of one of
+            several GPUs, whose backward pass holds them.
         notes: what makes the numbers doubtful: a profile that was not measured on a quiet machine.
     """
 
@@ -171,7 +172,7 @@ def predict(
     network_tier = None
     if machine is not None and setting.data_parallel:
         parallel, network_tier = _data_parallel(subject, step, machine, setting)
-    notes = () if calibrated is None or step.tier != Tier.PROFILED else calibrated.doubts()
+    notes = () if calibrated is None or step.tier != Tier.PROFILED else calibrated.doubts(num_gpus=setting.num_gpus)
     if subject.trace is not None and subject.trace.compiled_note is not None:
         notes = (*notes, subject.trace.compiled_note)
     return _prediction(subject.network, device, machine, setting, step, parallel, network_tier, notes)
@@ -182,8 +183,13 @@ def _data_parallel(
 ) -> tuple[BoundedStep, str | None]:
     """The simulated step of several GPUs, and the worst tier that its all-reduces come from."""
     network = subject.network
-    times = functools.cache(lambda num_bytes: all_reduce(num_bytes, cluster, setting.num_gpus))
     shards = ddp.shards_of(network, setting)
+
+    @functools.cache
+    def times(num_bytes: int) -> AllReduceTime:
+        time = all_reduce(num_bytes, cluster, setting.num_gpus)
+        return time if shards is None else made_of_halves(time, num_bytes, cluster, setting.num_gpus)
+
     simulated = data_parallel_step(
         network,
         among(step, cluster, setting.num_gpus),
@@ -257,9 +263,14 @@ def _prediction(
         low_energy_joules=None if energy is None else count * energy.low_j,
         high_energy_joules=None if energy is None else count * energy.high_j,
         by_kind=_by_kind(step),
-        hook_seconds=0.0 if cluster is None else ddp.hooks_s(ddp_buckets(network), hook_seconds(cluster, count)),
+        hook_seconds=0.0 if cluster is None else _hook_seconds(network, step, cluster, count),
         notes=notes,
     )
+
+
+def _hook_seconds(network: Network, step: StepTime, cluster: Cluster, num_gpus: int) -> float:
+    """What hooks add to the step; those of a recorded one are part of its backward pass."""
+    return ddp.hooks_s(ddp_buckets(network), ddp.own_tensor_s(step, hook_seconds(cluster, num_gpus)))
 
 
 def _device(gpu: str | Path | Device | None, cluster: Cluster | None, calibrated: DeviceProfile | None) -> Device:

@@ -187,10 +187,7 @@ def source_of(
         raise UsageError(f"holdout needs a device profile of other runs; this one was calibrated on {trace.path}")
     known = profile
     known.check_device(run.device.name)
-    if run.device.num_threads != known.num_threads:
-        raise MissingMeasurementError(
-            f"{trace.path} ran with {run.device.num_threads} threads, the device profile with {known.num_threads}"
-        )
+    doubts = (*known.doubts(run.versions), *_untold_threads(trace, known))
 
     def profiled(epoch: Epoch) -> StepTime:
         try:
@@ -204,8 +201,23 @@ def source_of(
     return profiled, _Pace(
         input_s_per_image=known.input_s_per_image.get(run.dataset.name),
         reconfiguration_s=known.reconfiguration_s,
-        doubts=known.doubts(run.versions),
+        doubts=doubts,
     )
+
+
+def _untold_threads(trace: Trace, profile: DeviceProfile) -> tuple[str, ...]:
+    """What must be known of a profile, as of another profiler's recording, that does not say its number of threads.
+
+    Raises:
+        MissingMeasurementError: it says another number than the run had.
+    """
+    threads = trace.run.device.num_threads
+    if profile.num_threads == threads:
+        return ()
+    if profile.num_threads is not None:
+        problem = f"{trace.path} ran with {threads} threads, the device profile with {profile.num_threads}"
+        raise MissingMeasurementError(problem)
+    return (f"the device profile does not say how many threads it was recorded with, the run had {threads}",)
 
 
 def _is_among(trace: Trace, profile: DeviceProfile) -> bool:

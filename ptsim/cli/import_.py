@@ -74,9 +74,10 @@ def kineto(
         name=model,
     )
     step = found.profile.steps[0]
-    if trained is not None and step.num_parameters and step.num_parameters != trained.num_parameters:
+    if trained is not None and step.num_parameters and step.num_parameters != trained.num_learnt:
         raise UsageError(
-            f"{model} has {trained.num_parameters:,} parameters, the profiled step has {step.num_parameters:,}",
+            f"{model} has {trained.num_learnt:,} parameters that get a gradient, the profiled step has "
+            f"{step.num_parameters:,}",
             hint="--input and --classes must be those of the profiled network",
         )
     write_device_profile(out, found.profile)

@@ -55,19 +55,19 @@ def table_sigma(table: AllReduceTable, message_bytes: float) -> float:
     hardly depend on the size. On the runs of traces/public with each size left out in turn 72 % were inside the 90 %
     interval before the neighbours counted, and 89 % are now (`analysis/check_allreduce.py`).
     """
-    sizes, seconds = table.size_bytes, table.seconds
+    sizes, seconds, jitter = table.size_bytes, table.seconds, table.relative_jitter or _UNKNOWN_JITTER
     if message_bytes in sizes:
-        return table.relative_jitter or _UNKNOWN_JITTER
+        return jitter
     common = _SHARE_OF_COMMON * _common_miss(sizes, seconds)
     if message_bytes < sizes[0]:
-        halvings = math.log2(sizes[0] / max(message_bytes, 1.0)) if sizes[0] > _LATENCY_BOUND else 0.0
-        return math.hypot(table.relative_jitter, common, _PER_HALVING * halvings)
+        halvings = max(math.log2(sizes[0] / max(message_bytes, _LATENCY_BOUND)), 0.0)
+        return math.hypot(jitter, common, _PER_HALVING * halvings)
     if message_bytes > sizes[-1]:
-        return math.hypot(table.relative_jitter, common, _PER_DOUBLING * math.log2(message_bytes / sizes[-1]))
+        return math.hypot(jitter, common, _PER_DOUBLING * math.log2(message_bytes / sizes[-1]))
     i = max(k for k in range(len(sizes)) if sizes[k] <= message_bytes)
     misses = _left_out_misses(sizes, seconds)
     near = max((misses[k] for k in (i, i + 1) if k in misses), default=0.0)
-    return math.hypot(table.relative_jitter, common, _SHARE_OF_NEAR * near)
+    return math.hypot(jitter, common, _SHARE_OF_NEAR * near)
 
 
 def _common_miss(sizes: tuple[int, ...], seconds: tuple[float, ...]) -> float:

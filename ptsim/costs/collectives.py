@@ -168,6 +168,33 @@ def all_reduce(message_bytes: float, cluster: Cluster, num_gpus: int, *, algorit
     )
 
 
+def made_of_halves(
+    time: AllReduceTime, message_bytes: float, cluster: Cluster, num_gpus: int, *, algorithm: str = AUTO
+) -> AllReduceTime:
+    """What a reduce-scatter and an all-gather of the message take together, as where an update is sharded.
+
+    Between nodes of several GPUs either is a ring: NCCL has trees for whole all-reduces, and for single GPUs on their
+    nodes. A time from a table is longer by the ratio that the topology predicts.
+
+    Args:
+        time: of the all-reduce, as `all_reduce` says.
+        message_bytes: gradient bytes that every GPU holds.
+        cluster: where.
+        num_gpus: that fill its nodes one after the other.
+        algorithm: as it was asked for.
+
+    Source: NCCL 2.27, src/graph/tuning.cc, `ncclTopoTuneModel` and `ncclPatEnable`.
+    """
+    num_nodes = nodes_for(cluster, num_gpus)
+    if algorithm != AUTO or num_nodes == 1 or cluster.gpus_per_node == 1:
+        return time
+    own_s, ring_s = (_topology(message_bytes, cluster, num_gpus, num_nodes, name)[0] for name in (AUTO, "ring"))
+    longer = ring_s / own_s if own_s else 1.0
+    return msgspec.structs.replace(
+        time, seconds=longer * time.seconds, low_s=longer * time.low_s, high_s=longer * time.high_s, algorithm="ring"
+    )
+
+
 def allreduce(cluster: str | Path | Cluster, gpus: int, message_bytes: float, algorithm: str = AUTO) -> AllReduceTime:
     """The time of one all-reduce on a cluster of the catalog or of a TOML file.
 
@@ -219,8 +246,19 @@ def _of_table(table: AllReduceTable, cluster: Cluster, message_bytes: float) -> 
 
 def _of_links(table: AllReduceTable, cluster: Cluster, message_bytes: float, algorithm: str) -> float:
     """What the links tell of the table's layout, in which every node has as many of its GPUs."""
-    even = msgspec.structs.replace(cluster, gpus_per_node=-(-table.num_gpus // table.num_nodes))
+    even = _using(cluster, -(-table.num_gpus // table.num_nodes))
     return _topology(message_bytes, even, table.num_gpus, table.num_nodes, algorithm)[0]
+
+
+def _using(cluster: Cluster, per_node: int) -> Cluster:
+    """The cluster with so many of every node's GPUs, and the NICs that are theirs."""
+    even = msgspec.structs.replace(cluster, gpus_per_node=per_node)
+    if cluster.inter is None or per_node >= cluster.gpus_per_node:
+        return even
+    share = (cluster.rail_of(per_node - 1) + 1) / cluster.num_rails
+    bandwidth = share * cluster.inter.bandwidth_bytes_per_s
+    inter = msgspec.structs.replace(cluster.inter, bandwidth_bytes_per_s=bandwidth)
+    return msgspec.structs.replace(even, inter=inter, nics_per_node=max(1, round(share * cluster.nics_per_node)))
 
 
 def _topology(

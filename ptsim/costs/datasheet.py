@@ -23,7 +23,7 @@ import numpy.typing as npt
 from ptsim.costs.kernels import Floats, Kernels, Pass, Work, network_kernels
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
-from ptsim.costs.traffic import update_traffic
+from ptsim.costs.traffic import again_bytes, cast_bytes, update_traffic
 from ptsim.criteria import step_penalty
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import GENERATIONS, Device
@@ -476,13 +476,15 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
         low_s=low_s,
         high_s=high_s,
         tier=Tier.DATASHEET,
+        whole_s=cast_bytes(network, setting) / streaming,
+        again_s=again_bytes(network, setting) / streaming,
     )
 
 
 def update_bytes(network: Network, setting: StepSetting) -> float:
     """What an update moves; under autocast with the casts of weights and gradients and the scaler's division."""
-    casts = 20 if setting.half else 0
-    return float(update_traffic(network, kind_of(setting), momentum=setting.momentum) + casts * network.num_learnt)
+    halves = cast_bytes(network, setting) + (8 * network.num_learnt if setting.half else 0)
+    return float(update_traffic(network, kind_of(setting), momentum=setting.momentum) + halves)
 
 
 def device_factor(device: Device, fit: Fit) -> float | None:

@@ -147,6 +147,7 @@ class _Device:
             low_s=total_s * low,
             high_s=total_s * high,
             tier=Tier.PROFILED,
+            data_parallel=any(step.data_parallel for step in ([measured] if measured else self._steps)),
         )
 
     def _layers(self, network: Network, batch: int, *, whole: bool) -> list[tuple[Estimate, Estimate]]:

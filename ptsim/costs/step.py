@@ -115,8 +115,8 @@ SCALED = TierRow(
     order=30,
     label="carried over",
     explanation="times were measured on another device and carried over by the ratio of what is predicted for both",
-    all_reduce_explanation="all-reduce times that were measured with another number of GPUs, carried over by the ratio "
-    "of what is predicted for both",
+    all_reduce_explanation="all-reduce times that were measured with another number of GPUs, or of other sizes, "
+    "carried over by the ratio of what is predicted for both",
     estimate=_scaled,
 )
 DATASHEET = TierRow(

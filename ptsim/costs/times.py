@@ -32,6 +32,11 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
         low_s, high_s: 90 % interval of `compute_s`, from the residuals of the tier.
         tier: the worst tier that contributed.
         passes: forward and backward passes whose gradients accumulate into the one update.
+        data_parallel: recorded on one of several GPUs: backward holds the gradients' hooks, and what collectives slow
+            it down.
+        whole_s: part of `optimizer_s`: what a GPU does for all parameters whatever part of them it updates. Casts of
+            weights and gradients to and from half precision, and where there are several passes `again_s`.
+        again_s: what every pass but the first takes besides: gradients that are added up, and casts.
     """
 
     layers: tuple[LayerTime, ...]
@@ -42,6 +47,9 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
     high_s: float
     tier: str
     passes: int = 1
+    data_parallel: bool = False
+    whole_s: float = 0.0
+    again_s: float = 0.0
 
     @property
     def forward_s(self) -> float:
@@ -71,6 +79,7 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
         if passes == self.passes:
             return self
         times = passes / self.passes
+        again_s = (passes - self.passes) * self.again_s
         step = msgspec.structs.replace(
             self,
             layers=tuple(
@@ -78,6 +87,8 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
                 for layer in self.layers
             ),
             overhead_s=times * self.overhead_s,
+            optimizer_s=self.optimizer_s + again_s,
+            whole_s=self.whole_s + again_s,
             passes=passes,
         )
         return self._as_wide(step)
@@ -89,7 +100,8 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
         """
         if share == 1:
             return self
-        return self._as_wide(msgspec.structs.replace(self, optimizer_s=share * self.optimizer_s))
+        own_s = self.whole_s + share * (self.optimizer_s - self.whole_s)
+        return self._as_wide(msgspec.structs.replace(self, optimizer_s=own_s))
 
     def _as_wide(self, step: StepTime) -> StepTime:
         """That step with an interval as wide relative to it as this one's."""

@@ -70,3 +70,16 @@ def update_traffic(
     """
     kind = OPTIMIZERS.find(optimizer) if isinstance(optimizer, str) else optimizer
     return kind.moved(momentum, fused=fused) * network.gradient_bytes
+
+
+def cast_bytes(network: Network, setting: StepSetting) -> int:
+    """What autocast's casts of the weights, and of the gradients back, move in a pass: 4 bytes and 2, either way."""
+    return 12 * network.num_learnt if setting.half else 0
+
+
+def again_bytes(network: Network, setting: StepSetting) -> int:
+    """What every further pass of a step moves: its casts, and the sum of gradients, which reads two and writes one.
+
+    Source: torch/csrc/autograd/functions/accumulate_grad.h; autocast forgets its casts at the end of a pass.
+    """
+    return 12 * network.num_learnt + cast_bytes(network, setting)

@@ -135,7 +135,7 @@ class _StepBuilder:
         """The regulariser and the optimizer, which wait for every gradient; of its own share where that is sharded."""
         self._prefix, self._times = "", 1
         share = self.setting.update_share
-        seconds = share * self.step.optimizer_s + self.step.regularizer_s if self.step else 0.0
+        seconds = self.step.updating(share).optimizer_s + self.step.regularizer_s if self.step else 0.0
         num_bytes = update_traffic(self.network, kind_of(self.setting), momentum=self.setting.momentum)
         num_bytes = round(share * num_bytes) + step_penalty(self.network, self.setting, gpu=True).num_bytes
         updated = self._add("optimizer", set(self._reduced) or self._done, seconds, 0, num_bytes)

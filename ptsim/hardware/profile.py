@@ -112,6 +112,8 @@ class StepMeasurement(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True
     its layers' times with a clock around each. Parameters and tensors are those that get a gradient. The momentum is
     None for the optimizer's own. The time of the regulariser, `criterion`, as a gradient or as a `proximal` step, is
     None where it was not measured.
+    A `data_parallel` step was recorded on one of several GPUs: its backward pass holds the hooks of the gradients, and
+    what collectives beside it slow it down, but no waiting for them.
     """
 
     architecture: str
@@ -137,6 +139,7 @@ class StepMeasurement(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True
     layers_backward_s: float
     peak_memory_bytes: int | None = None
     num_rounds: int = 1
+    data_parallel: bool = False
 
 
 class MachineLoad(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -215,11 +218,12 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
         said = None if self.load is None else self.load.disturbance(self.num_threads)
         return None if said is None else f"the device profile was not measured on a quiet machine: {said}"
 
-    def doubts(self, versions: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    def doubts(self, versions: Mapping[str, str] | None = None, *, num_gpus: int | None = None) -> tuple[str, ...]:
         """Sentences that belong beside every number made from this profile.
 
         Args:
             versions: of the software that the predicted run used; None if the prediction is of no run.
+            num_gpus: on which is predicted; None for several numbers of them.
         """
         said = [] if self.disturbance is None else [self.disturbance]
         mine, theirs = self.software.get("torch"), (versions or {}).get("torch")
@@ -231,6 +235,11 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
             said.append(
                 f"the spread of steps is that of the {most} in the device profile; on average {share:.0%} of all steps "
                 "lie in such a range"
+            )
+        if num_gpus == 1 and any(step.data_parallel for step in self.steps):
+            said.append(
+                "the device profile was recorded on one of several GPUs: its steps hold what their gradients' hooks "
+                "and the collectives beside them cost, which a single GPU does not pay"
             )
         return tuple(said)
 

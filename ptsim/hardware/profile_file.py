@@ -1,7 +1,7 @@
 """How a device profile is written: TOML, one operator a line, every quantity with its unit; people read and cut it.
 
 ptsim_device_profile = 1           # 2 where a step has a momentum or a proximal penalty, 3 where an operator has
-                                   # depth, 4 where it was calibrated on runs
+                                   # depth, 4 where it was calibrated on runs, 5 where a step is data-parallel
 created = "2026-11-22T13:00:00Z"
 complete = true                    # false while measuring, and after an interruption: it can be resumed
 
@@ -49,7 +49,7 @@ from ptsim.network import LayerKind
 from ptsim.textfile import convert_toml, read_toml, write_whole
 from ptsim.units import Bytes, BytesPerSecond, Hertz, Seconds, Watts, read_quantity
 
-PROFILE_VERSION = 4  # 2: `_Step.momentum` and `proximal`; 3: `_Row.depth`; 4: `_File.runs`
+PROFILE_VERSION = 5  # 2: `_Step.momentum` and `proximal`; 3: `_Row.depth`; 4: `_File.runs`; 5: `_Step.data_parallel`
 
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=300)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=MOST_COUNTED)]
@@ -127,6 +127,7 @@ class _Step(_Form, frozen=True, kw_only=True):
     regularizer: Seconds | None = None
     criterion: Name = GROUP_LASSO
     proximal: bool = False
+    data_parallel: bool = False
     peak_memory: Bytes | None = None
 
 
@@ -265,6 +266,7 @@ def _measurement(path: Path, index: int, step: _Step) -> StepMeasurement:
         regularizer_s=_number(step.regularizer),
         criterion=step.criterion,
         proximal=step.proximal,
+        data_parallel=step.data_parallel,
         step_low_s=float(step.fastest),
         step_high_s=float(step.slowest),
         peak_memory_bytes=None if step.peak_memory is None else round(step.peak_memory),
@@ -288,6 +290,7 @@ def _text(profile: DeviceProfile) -> str:
     if any(time.operator.depth is not None for time in profile.operators):
         version = 3
     version = 4 if profile.runs else version
+    version = 5 if any(step.data_parallel for step in profile.steps) else version
     head = {
         "ptsim_device_profile": version,  # what an older ptsim can read, it shall read
         "created": profile.created,
@@ -354,6 +357,7 @@ def _step_table(step: StepMeasurement) -> dict[str, Any]:
             "regularizer": _seconds(step.regularizer_s),
             "criterion": None if step.criterion == GROUP_LASSO else step.criterion,
             "proximal": step.proximal or None,
+            "data_parallel": step.data_parallel or None,
             "fastest": _seconds(step.step_low_s),
             "slowest": _seconds(step.step_high_s),
             "peak_memory": None if memory is None else f"{memory} B",

@@ -210,7 +210,10 @@ def import_kineto(
     ranks = tuple(map(_rank_times, recordings, steps))
     mean = _mean_times(ranks)
     world_size = _world_size(recordings, mean, notes)
-    measured = _measurement(everything, setting, batch, optimizer, architecture, name or recordings[0].path.stem)
+    measured = msgspec.structs.replace(
+        _measurement(everything, setting, batch, optimizer, architecture, name or recordings[0].path.stem),
+        data_parallel=(world_size or 1) > 1 or mean.communication_seconds > 0,
+    )
     return KinetoImport(
         device=named,
         batch=batch,

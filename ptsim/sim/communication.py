@@ -15,7 +15,7 @@ from collections.abc import Hashable
 import msgspec
 
 from ptsim.costs import nccl
-from ptsim.costs.collectives import AllReduceTime, all_reduce, nodes_for
+from ptsim.costs.collectives import AllReduceTime, all_reduce, made_of_halves, nodes_for
 from ptsim.costs.tiers import worst_tier
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import Cluster
@@ -93,6 +93,11 @@ class Network:
                 )
             self._times[num_bytes] = time
         return self._times[num_bytes]
+
+    def halves(self, num_bytes: int) -> AllReduceTime:
+        """The same of a reduce-scatter and an all-gather together, into which a sharded update divides it."""
+        algorithm = self.options.algorithm
+        return made_of_halves(self.all_reduce(num_bytes), num_bytes, self._equal, self.num_gpus, algorithm=algorithm)
 
     def sharing(self, num_bytes: int) -> tuple[float, ...]:
         """How many times as long an all-reduce takes while 1, 2, … of the options' jobs communicate.

@@ -42,6 +42,7 @@ class Shards(msgspec.Struct, frozen=True, kw_only=True):
         parameter_bytes: of all parameters, which are gathered after the update.
 
     Source: Rajbhandari et al., ZeRO, SC 2020, sections 5 and 7: stages 1 and 2 send as many bytes as an all-reduce.
+    What the two halves take is said by `costs.collectives.made_of_halves`.
     """
 
     share: float
@@ -131,12 +132,14 @@ def compute_plan(
         step: computation of one micro-batch.
         buckets: of the gradient, in ready order; none on a single GPU. An empty `ready_layer` is the end of backward.
         num_micro_batches: gradient accumulation.
-        tensor_s: seconds of every gradient tensor's hook and copy, in front of its bucket.
+        tensor_s: seconds of every gradient tensor's hook and copy, in front of its bucket; none where the step was
+            recorded with them.
         update_share: which part of the parameters a GPU updates; the group lasso is computed whole.
 
     Raises:
         ValueError: a bucket names a layer that the step does not have.
     """
+    tensor_s = own_tensor_s(step, tensor_s)
     ready_after: dict[str, list[int]] = {layer.layer: [] for layer in step.layers}
     for i, bucket in enumerate(buckets):
         name = bucket.ready_layer or step.layers[0].layer  # "": gradients that never come
@@ -154,9 +157,10 @@ def compute_plan(
             backward.append(Piece(name="gradient hooks", seconds=copied_s / num_micro_batches))
         backward.append(Piece(name=layer.layer, seconds=layer.backward_s, bucket=ready[0] if ready else None))
         backward += [Piece(name=layer.layer, seconds=0.0, bucket=bucket) for bucket in ready[1:]]
+    own_s = step.accumulated(num_micro_batches).updating(update_share).optimizer_s
     tail = [
         Piece(name=name, seconds=seconds)
-        for name, seconds in (("regularizer", step.regularizer_s), ("optimizer", update_share * step.optimizer_s))
+        for name, seconds in (("regularizer", step.regularizer_s), ("optimizer", own_s))
         if seconds
     ]
     return StepPlan(
@@ -165,7 +169,13 @@ def compute_plan(
         tail=tuple(tail),
         buckets=(),
         num_micro_batches=num_micro_batches,
+        slowed=step.data_parallel,
     )
+
+
+def own_tensor_s(step: StepTime, tensor_s: float) -> float:
+    """What every gradient tensor adds to a step; nothing to one that was recorded on one of several GPUs."""
+    return 0.0 if step.data_parallel else tensor_s
 
 
 def hooks_s(buckets: Sequence[Bucket], tensor_s: float) -> float:
@@ -231,6 +241,7 @@ def with_communication(
         buckets=tuple(collectives),
         head=tuple(head),
         num_micro_batches=computation.num_micro_batches,
+        slowed=computation.slowed,
     )
 
 

@@ -42,13 +42,11 @@ class Power:
         if model is None:
             return None
         setting = scenario.setting(stage.batch, stage.epoch)
-        own = step.updating(setting.update_share)
-        key = ("energy", model, stage.id, scenario.device_key, setting.alone, setting.update_share)
+        passes = scenario.num_passes(stage.batch, stage.epoch)
+        own = step.accumulated(passes).updating(setting.update_share)
+        key = ("energy", model, stage.id, scenario.device_key, setting.alone, setting.update_share, passes)
         computing_j = scenario.cache.get(key, lambda: step_energy(own, scenario.device, model=model).joules)
-        n = scenario.num_passes(stage.batch, stage.epoch)
-        updates_s = own.optimizer_s + own.regularizer_s  # once per step, not per micro-batch
-        waiting_s = max(0.0, result.step_s - n * own.compute_s + (n - 1) * updates_s)
-        return n * computing_j - (n - 1) * updates_s * model.stream_w + waiting_s * model.waiting_w
+        return computing_j + max(0.0, result.step_s - own.compute_s) * model.waiting_w
 
     def run_j(self, epochs: Sequence[EpochProjection], fixed_s: float, faults_s: float) -> float | None:
         """Joules of all GPUs over the run; they wait while it reconfigures, and work at their mean power in faults."""

@@ -48,7 +48,7 @@ class StepPrice(msgspec.Struct, frozen=True, kw_only=True):
     forward_s: float
     backward_s: float  # with the hooks of its gradients
     product_s: float  # of both, in convolutions, linear layers and matrix products
-    hooks_s: float  # of the backward pass, in the gradients' hooks; 0 on one GPU
+    hooks_s: float  # of the backward pass, in the gradients' hooks; 0 on one GPU, and where the step was recorded so
     optimizer_s: float  # of the parameters that a GPU updates: its share where the update is sharded
     low_s: float
     high_s: float
@@ -169,7 +169,7 @@ class Pricer:
         forward_s, backward_s, product_s = scenario.cache.get(
             ("passes", *self._key(stage)), lambda: (step.forward_s, step.backward_s, step.product_s)
         )
-        hooks_s, optimizer_s = self._hooks_s(stage), self._own_update_s(stage, step)
+        hooks_s, optimizer_s = self._hooks_s(stage, step), self._own_update_s(stage, step)
         compute_s = self._busy_s(stage, step, forward_s + backward_s + step.overhead_s)
         tuning_s = scenario.cache.get(
             ("tuning", options.autotune_trials, *self._key(stage)), lambda: self._autotune_s(stage, step)
@@ -207,24 +207,33 @@ class Pricer:
         rebuilds = not options.find_unused_parameters
         if rebuilds:
             shards = ddp.shards_of(network, self.scenario.setting(stage.batch, stage.epoch))
-            shown_s = ddp.first_step_s(network, self.links.all_reduce, self._wire, bound, plan.head, shards)
+            reduce = self._reduction(shards)
+            shown_s = ddp.first_step_s(network, reduce, self._wire, bound, plan.head, shards)
             seconds += max(0.0, shown_s - result.exposed_communication_s)
         return seconds + ddp.wrapping_s(network, self.links.all_reduce, bound, rebuilds=rebuilds)
 
-    def _hooks_s(self, stage: Stage) -> float:
-        """DDP's hooks of all tensors in its buckets, which run during the last backward pass; 0 on one GPU."""
+    def _reduction(self, shards: ddp.Shards | None) -> ddp.AllReduce:
+        """The time of a bucket's all-reduce, or of the two collectives that stand for it where updates are sharded."""
+        return self.links.all_reduce if shards is None else self.links.halves
+
+    def _hooks_s(self, stage: Stage, step: StepTime) -> float:
+        """DDP's hooks of all tensors in its buckets, which run during the last backward pass.
+
+        0 on one GPU, and where the recorded step holds them.
+        """
         scenario = self.scenario
         buckets = scenario.buckets(stage.network, stage.id)
-        return ddp.hooks_s(buckets, hook_seconds(scenario.cluster, scenario.num_gpus))
+        return ddp.hooks_s(buckets, ddp.own_tensor_s(step, hook_seconds(scenario.cluster, scenario.num_gpus)))
 
     def _own_update_s(self, stage: Stage, step: StepTime) -> float:
-        """The update of the parameters that are a GPU's own; of all where nothing is sharded."""
-        return step.updating(self.scenario.setting(stage.batch, stage.epoch).update_share).optimizer_s
+        """The update of the parameters that are a GPU's own, with the sums of all gradients; once per step."""
+        share = self.scenario.setting(stage.batch, stage.epoch).update_share
+        return step.accumulated(self._num_passes(stage)).updating(share).optimizer_s
 
     def _busy_s(self, stage: Stage, step: StepTime, pass_s: float) -> float:
         """What a GPU computes in a step whose one pass takes `pass_s`: all passes, hooks and its update."""
         updating_s = self._own_update_s(stage, step) + step.regularizer_s
-        return self._num_passes(stage) * pass_s + self._hooks_s(stage) + updating_s
+        return self._num_passes(stage) * pass_s + self._hooks_s(stage, step) + updating_s
 
     def _num_passes(self, stage: Stage) -> int:
         return self.scenario.num_passes(stage.batch, stage.epoch)
@@ -271,7 +280,7 @@ class Pricer:
         plan = ddp.with_communication(
             scenario.cache.get(("plan", merged, ready, tensor_s, shards, passes, *key), compute),
             buckets,
-            self.links.all_reduce,
+            self._reduction(shards),
             wire=self._wire,
             buffer_bytes=ddp.buffer_bytes(stage.network) if options.broadcast_buffers and together else 0,
             used_bytes=4 * len(stage.network.parameters) if options.find_unused_parameters else 0,

@@ -328,7 +328,7 @@ def _doubts(scenario: Scenario, epochs: Sequence[EpochProjection]) -> tuple[str,
     profile = scenario.measurements.device_profile
     if profile is None or all(epoch.tier != Tier.PROFILED for epoch in epochs):
         return ()
-    return profile.doubts()
+    return profile.doubts(num_gpus=scenario.num_gpus)
 
 
 def _instances(price: HourPrice | None, num_gpus: int) -> tuple[str, ...]:

@@ -2,9 +2,9 @@
 
 One SimPy process per GPU walks through the step (input, forward, backward, optimizer); one per job is its
 communication stream: NCCL runs a job's collectives one after the other in the order of the buckets, and each starts
-when the last GPU has its gradients ready. While both run, each slows the other down by `contention`. Jobs on the same
-links slow each other down while both communicate. Equal GPUs behave equally, so that a symmetric job is simulated with
-a single one.
+when the last GPU has its gradients ready. While both run, each slows the other down by `contention`, computation only
+where its plan does not hold that already. Jobs on the same links slow each other down while both communicate. Equal
+GPUs behave equally, so that a symmetric job is simulated with a single one.
 
 Nothing here knows about networks or clusters: durations come in with the `StepPlan`.
 """
@@ -305,7 +305,8 @@ class _RunningJob:
         if communicating == self.communicating:
             return
         self.communicating = communicating
-        self.compute.set_rate(1 / (1 + self.contention) if communicating else 1.0)
+        slowed = communicating and not self.plan.slowed
+        self.compute.set_rate(1 / (1 + self.contention) if slowed else 1.0)
         self.links.set_active(self.index, communicating)
 
     def _set_transfer_rate(self) -> None:

@@ -40,6 +40,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
             that other GPUs have updated in the step before.
         num_micro_batches: forward–backward passes per step; only the last one communicates.
         overlap: False makes every all-reduce wait for the end of backward.
+        slowed: the seconds of the computation hold already by how much collectives slow it down.
     """
 
     forward: tuple[Piece, ...]
@@ -49,6 +50,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     head: tuple[Collective, ...] = ()
     num_micro_batches: int = 1
     overlap: bool = True
+    slowed: bool = False
 
     @property
     def compute_s(self) -> float:

@@ -13,6 +13,7 @@ from ptsim.costs.collectives import (
     all_reduce,
     allreduce,
     hierarchical_all_reduce_seconds,
+    made_of_halves,
     nodes_for,
     ring_all_reduce_seconds,
     ring_wire_bytes,
@@ -66,6 +67,28 @@ def test_every_gpu_sends_two_p_minus_one_over_p_of_the_message() -> None:
     assert ring_wire_bytes(1000, 2) == 1000
     assert ring_wire_bytes(1000, 8) == 1750
     assert all_reduce(1000, CLUSTER, 8).wire_bytes_per_gpu == 1750
+
+
+@pytest.mark.parametrize(
+    ("nics", "per_node", "in_use"), [(8, 1, 1), (8, 4, 4), (4, 1, 1), (4, 4, 2), (16, 2, 4), (1, 1, 1)]
+)
+def test_a_table_of_few_gpus_a_node_is_of_the_nics_that_are_theirs(nics: int, per_node: int, in_use: int) -> None:
+    """Every NIC carries 25 GB/s; two nodes exchange the message over those in use, as the table says to the byte.
+
+    So the links are as fast as they are said to be, and whole nodes take what they take without a table.
+    """
+    inside = Link(name="i", bandwidth_bytes_per_s=1e15, latency_s=0.0)
+    between = Link(name="o", bandwidth_bytes_per_s=nics * 25e9, latency_s=0.0)
+    bare = Cluster(name="c", device=None, gpus_per_node=8, intra=inside, inter=between, nics_per_node=nics)
+    size, gpus = 10**9, 2 * per_node
+    volume = 1.0 if nics >= 8 or gpus == 2 else 2 * (gpus - 1) / gpus  # trees, where every GPU has a NIC; else rings
+    table = AllReduceTable(
+        num_gpus=gpus, num_nodes=2, size_bytes=(size,), seconds=(volume * size / (in_use * 25e9),),
+        relative_jitter=0.0, source="made up",
+    )  # fmt: skip
+    found = all_reduce(size, msgspec.structs.replace(bare, tables=(table,)), 16)
+    assert found.tier is Tier.SCALED
+    assert found.seconds == pytest.approx(all_reduce(size, bare, 16).seconds, rel=1e-6)
 
 
 @pytest.mark.parametrize(("mebibytes", "microseconds"), [(128, 3539.5), (512, 11625), (2048, 45662), (8192, 179880)])
@@ -342,3 +365,32 @@ def test_no_bytes_over_links_without_latency_take_no_time_beside_a_table_of_othe
     )
     cluster = Cluster(name="c", device=None, gpus_per_node=4, intra=link, tables=(table,))
     assert all_reduce(0, cluster, 4).seconds == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_between_nodes_a_reduce_scatter_and_an_all_gather_are_rings(factor: float) -> None:
+    """8 GPUs on two nodes of CLUSTER, 1 MB. A tree has 6 hops of 1 µs and 2 of 10, and the message up and down at
+    1 GB/s: 2.026 ms. A ring has 12 and 2, and 14/8 of the message: 1.782 ms. Of 1 kB they take 28 µs and 33.75 µs.
+
+    A table that took twice as long as the links say makes both twice as long.
+    """
+    tables = (times(factor, 8, 2),) if factor > 1 else ()
+    cluster = msgspec.structs.replace(CLUSTER, tables=tables)
+    for size, choice, ring_s in ((10**6, 1.782e-3, 1.782e-3), (10**3, 28e-6, 33.75e-6)):
+        time = all_reduce(size, msgspec.structs.replace(cluster, tables=()), 8)
+        assert time.seconds == pytest.approx(choice)
+        time = all_reduce(size, cluster, 8)
+        halves = made_of_halves(time, size, cluster, 8)
+        assert halves.seconds / time.seconds == pytest.approx(ring_s / choice)
+        assert halves.low_s / halves.seconds == pytest.approx(time.low_s / time.seconds)
+        assert halves.high_s / halves.seconds == pytest.approx(time.high_s / time.seconds)
+        assert halves.wire_bytes_per_gpu == time.wire_bytes_per_gpu
+
+
+@pytest.mark.parametrize(("gpus", "per_node", "algorithm"), [(4, 4, "auto"), (4, 1, "auto"), (8, 4, "tree")])
+def test_inside_a_node_and_of_single_gpus_halves_are_those_of_any_all_reduce(
+    gpus: int, per_node: int, algorithm: str
+) -> None:
+    cluster = msgspec.structs.replace(CLUSTER, gpus_per_node=per_node)
+    time = all_reduce(1000, cluster, gpus, algorithm=algorithm)
+    assert made_of_halves(time, 1000, cluster, gpus, algorithm=algorithm) == time

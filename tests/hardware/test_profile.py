@@ -125,6 +125,17 @@ def test_the_fingerprints_of_its_runs_come_back_and_a_file_that_has_them_says_so
     assert read_device_profile(new).runs == ("2f8a", "77c1")
 
 
+def test_a_data_parallel_step_comes_back_and_a_file_that_has_one_says_so_in_its_version(tmp_path):
+    new = tmp_path / "new.toml"
+    among = msgspec.structs.replace(STEP, data_parallel=True)
+    write_device_profile(new, msgspec.structs.replace(PROFILE, runs=("2f8a",), steps=(STEP, among)))
+    assert new.read_text().startswith("ptsim_device_profile = 5\n")
+    again = read_device_profile(new)
+    assert [step.data_parallel for step in again.steps] == [False, True]
+    said = [again.doubts(num_gpus=number) for number in (1, 2, None)]
+    assert [any("one of several GPUs" in text for text in doubts) for doubts in said] == [True, False, False]
+
+
 def test_a_second_writing_replaces_the_file_and_leaves_nothing_beside_it(file):
     write_device_profile(file, msgspec.structs.replace(PROFILE, complete=False))
     assert not read_device_profile(file).complete
@@ -173,8 +184,8 @@ def test_foreign_missing_and_newer_files_are_refused(file, tmp_path):
     other.write_text('name = "a100"\nmemory = "40 GiB"\n')
     with pytest.raises(FileFormatError, match="not a device profile"):
         read_device_profile(other)
-    with pytest.raises(NewerVersionError, match="version 5 is newer than the 4"):
-        read_device_profile(broken(file, "ptsim_device_profile = 1", "ptsim_device_profile = 5"))
+    with pytest.raises(NewerVersionError, match="version 6 is newer than the 5"):
+        read_device_profile(broken(file, "ptsim_device_profile = 1", "ptsim_device_profile = 6"))
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FileFormatError, match="is not TOML"):
         read_device_profile(tmp_path / "binary.toml")

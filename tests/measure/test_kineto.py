@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from ptsim.answers.predict import predict
+from ptsim.answers.predict import Prediction, predict
 from ptsim.capture.network import capture_network
 from ptsim.cli.main import run
+from ptsim.costs.scaling import load_scaling
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.profile import OperatorSetting, operator_of
@@ -155,15 +156,37 @@ def test_images_of_a_job_of_unknown_size_are_said_to_be_those_of_one_rank(tmp_pa
 
 
 def test_a_profiled_step_is_projected_onto_more_gpus(tmp_path: Path) -> None:
-    out = tmp_path / "profile.toml"
-    assert run(["import", "kineto", str(write(tmp_path / "rank0.json", gpu_trace())), "-o", str(out)]) == 0
-    network = _convolution_of(read_device_profile(out).operators[0].operator.inputs[0])
-    alone = predict(network, profile=out, batch=4, precision="fp16", memory_format="channels_last")
+    """One that was recorded on 8 holds the hooks of its gradient, and what its all-reduce slows it down."""
+    alone, many = _predicted(tmp_path, gpu_trace())
     assert alone.tier == "profiled"
     assert alone.step_seconds == pytest.approx(6e-3)  # the recorded 2 + 3.5 + 0.5 ms
-    many = predict(network, profile=out, batch=4, precision="fp16", memory_format="channels_last",
-                   cluster="dgx-a100-80gb", gpus=64)  # fmt: skip
-    assert many.step_seconds > alone.step_seconds
+    assert any("recorded on one of several GPUs" in note for note in alone.notes)
+    assert many.step_seconds == pytest.approx(alone.step_seconds + many.communication_wait_seconds, rel=1e-9)
+    assert many.communication_wait_seconds > 0
+    assert many.hook_seconds == 0
+    assert not any("recorded on one of several GPUs" in note for note in many.notes)
+
+
+def test_a_step_that_was_profiled_on_one_gpu_gets_hooks_on_more(tmp_path: Path) -> None:
+    """The only tensor is reduced when backward is over, so that nothing is slowed down."""
+    single = gpu_trace(comm_ms=0.0, distributedInfo={"rank": 0, "world_size": 1})
+    alone, many = _predicted(tmp_path, single)
+    assert not any("recorded on one of several GPUs" in note for note in alone.notes)
+    assert many.hook_seconds == load_scaling().tensor_s
+    expected = alone.step_seconds + many.hook_seconds + many.communication_wait_seconds
+    assert many.step_seconds == pytest.approx(expected, rel=1e-9)
+
+
+def _predicted(folder: Path, document: dict[str, Any]) -> tuple[Prediction, Prediction]:
+    """The recorded network on one GPU and on 64."""
+    out = folder / "profile.toml"
+    assert run(["import", "kineto", str(write(folder / "rank0.json", document)), "-o", str(out)]) == 0
+    network = _convolution_of(read_device_profile(out).operators[0].operator.inputs[0])
+
+    def on(**where: Any) -> Prediction:
+        return predict(network, profile=out, batch=4, precision="fp16", memory_format="channels_last", **where)
+
+    return on(), on(cluster="dgx-a100-80gb", gpus=64)
 
 
 def test_the_operators_of_a_recorded_network_are_those_that_capture_finds(
@@ -189,6 +212,41 @@ def test_the_profiled_network_itself_is_predicted_to_take_what_it_took(
     write_device_profile(tmp_path / "p.toml", found.profile)
     predicted = predict(network, profile=tmp_path / "p.toml", batch=6)
     assert predicted.step_seconds == pytest.approx(found.profile.steps[0].step_s, rel=1e-5)  # six digits in the file
+
+
+_IDLE = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, kernel):
+        super().__init__()
+        self.conv, self.idle = nn.Conv2d(8, 32, kernel, stride=2, padding=1, bias=False), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+
+def profiled():
+    return Net(3)
+
+
+def other():
+    return Net(5)
+"""
+
+
+@pytest.mark.parametrize(("network", "status"), [("profiled", 0), ("other", 2)])
+def test_a_network_is_the_profiled_one_if_as_many_parameters_get_a_gradient(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], network: str, status: int
+) -> None:
+    """The recorded gradient has 2,304 elements; a layer that forward leaves out has none."""
+    (tmp_path / "idle.py").write_text(_IDLE, encoding="utf-8")
+    files = [str(write(tmp_path / "rank0.json", gpu_trace())), "-o", str(tmp_path / "out.toml")]
+    model = ["--model", f"{tmp_path / 'idle.py'}:{network}", "--input", "8,16,16", "--classes", "32"]
+    assert run(["import", "kineto", *files, *model]) == status
+    said = "6,400 parameters that get a gradient, the profiled step has 2,304"
+    assert (said in capsys.readouterr().err) == (status == 2)
 
 
 def test_reading_needs_no_torch() -> None:

@@ -253,3 +253,13 @@ def test_the_first_step_after_wrapping_compresses_its_bucket_too(bound: ddp.Boun
     # half of the bytes at one second each; converting 4 bytes reads and writes 16
     expected = share * num_bytes / 2 + 4 * num_bytes / 1e6
     assert ddp.first_step_s(network, all_reduce, wire, bound) == pytest.approx(expected)
+
+
+def test_a_step_that_was_recorded_on_one_of_several_gpus_has_its_hooks_and_slowdown() -> None:
+    network = residual_network()
+    recorded = msgspec.structs.replace(step_of(network), data_parallel=True)
+    plan = ddp.plan_step(recorded, ddp_buckets(network), all_reduce, tensor_s=0.01)
+    assert plan.compute_s == pytest.approx(3.0 * len(network.layers) + 0.75)  # without hooks
+    assert plan.slowed
+    assert plan.merged().slowed
+    assert not ddp.plan_step(step_of(network), ddp_buckets(network), all_reduce).slowed

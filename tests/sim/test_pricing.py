@@ -8,8 +8,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from ptsim.answers.repredict import device_profile_of
 from ptsim.costs.collectives import all_reduce
+from ptsim.costs.datasheet import load_fit
+from ptsim.costs.energy import published_power
 from ptsim.costs.scaling import load_scaling
+from ptsim.hardware.profile import StepMeasurement
 from ptsim.network import LayerKind, Parameter
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection
@@ -206,3 +210,56 @@ def test_recorded_gpus_wait_for_those_that_are_not_shown(trace: Trace) -> None:
     assert {span.gpu for span in first.result.spans} == {0, 1}
     assert {span.step for span in first.result.spans} == {0, 1}
     assert first.result.step_s == pytest.approx(project(trace, cluster(), 8, options).epochs[0].step_s)
+
+
+def test_a_step_recorded_among_gpus_has_its_hooks_and_its_slowdown_beside_collectives(trace: Trace) -> None:
+    profile = device_profile_of([trace])
+    among = tuple(msgspec.structs.replace(step, data_parallel=True) for step in profile.steps)
+    unmeasured = msgspec.structs.replace(trace, profiles=())
+
+    def priced(gpus: int, steps: tuple[StepMeasurement, ...]) -> RunProjection:
+        known = msgspec.structs.replace(profile, steps=steps)
+        return project(unmeasured, cluster(), gpus, device_profile=known)
+
+    alone, single, many = priced(1, among), priced(8, profile.steps), priced(8, among)
+    assert many.tier == "profiled"
+    tensors = len(trace.network_of(trace.epochs[0]).gradients)
+    own, other = many.epochs[0], single.epochs[0]
+    assert own.hooks_s == 0
+    assert own.compute_s == pytest.approx(alone.epochs[0].compute_s, rel=1e-9)
+    assert own.exposed_communication_s == pytest.approx(own.communication_wait_s, rel=1e-9)
+    assert other.compute_s - own.compute_s == pytest.approx(tensors * load_scaling().tensor_s, rel=1e-6)
+    assert any("one of several GPUs" in note for note in alone.notes)
+    assert not any("one of several GPUs" in note for note in (*many.notes, *single.notes))
+
+
+def test_a_sharded_step_of_two_nodes_scatters_and_gathers_in_rings(trace: Trace) -> None:
+    """One bucket; 28 hops of 2 µs and 2 of 5, 15/8 of the message at 25 GB/s, half of it for either."""
+    gradient = 4 * trace.network_of(trace.epochs[0]).num_parameters
+    ring_s = 66e-6 + 15 / 8 * gradient / 25e9
+    sharded, whole = (run(trace, 16, sharding=name) for name in ("zero1", "none"))
+    assert sharded.epochs[0].communication_s == pytest.approx(ring_s, rel=1e-9)
+    assert whole.epochs[0].communication_s < ring_s
+    assert sharded.allreduce_bytes_per_gpu == pytest.approx(whole.allreduce_bytes_per_gpu)
+
+
+@pytest.mark.parametrize(("precision", "num_bytes"), [("fp32", 12), ("bf16", 24)])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_further_passes_sum_up_gradients_and_cast_again(
+    trace: Trace, gpus: int, precision: str, num_bytes: int
+) -> None:
+    """A sum reads two numbers and writes one; in half precision weights and gradients are cast, 2 and 4 bytes each."""
+    epochs = tuple(msgspec.structs.replace(epoch, device=None) for epoch in trace.epochs)  # without samples of power
+    unmeasured = msgspec.structs.replace(trace, profiles=(), epochs=epochs)
+    network = trace.network_of(trace.epochs[0])
+    once, four = (
+        run(unmeasured, gpus, precision=precision, micro_batches=passes, jitter=0.0).epochs[0] for passes in (1, 4)
+    )
+    again_s = num_bytes * network.num_parameters / (load_fit().efficiency.stream_bandwidth * 1555e9)
+    assert four.optimizer_s - once.optimizer_s == pytest.approx(3 * again_s)
+    assert four.step_s == pytest.approx(four.compute_s + four.exposed_communication_s)
+    power = published_power(cluster().gpu)
+    waiting_s = four.overhead_s + four.hooks_s + four.exposed_communication_s
+    streaming_s = four.step_s - waiting_s - four.product_s
+    step_j = four.product_s * power.product_w + streaming_s * power.stream_w + waiting_s * power.waiting_w
+    assert four.energy_j == pytest.approx(gpus * four.num_iterations * step_j)

@@ -9,14 +9,17 @@ import pytest
 import ptsim
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import AllReduceTime, all_reduce
+from ptsim.costs.datasheet import load_fit
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
-from ptsim.setting import Sharding, StepSetting
+from ptsim.network import LayerKind
+from ptsim.setting import PrecisionName, Sharding, StepSetting
 from ptsim.sim import ddp
 from ptsim.sim.work import StepPlan
+from tests.sim.plans import cluster
 from tests.traces import residual_network
 
 NETWORK = residual_network()
@@ -108,3 +111,33 @@ def test_predict_takes_the_option_and_refuses_another() -> None:
     assert sharded.optimizer_seconds == pytest.approx(whole.optimizer_seconds / 8)
     with pytest.raises(UsageError, match="zero3"):
         ptsim.predict(NETWORK, cluster="dgx-a100", gpus=8, batch=8, sharding="zero3")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sharding", ["zero1", "zero2"])
+def test_between_nodes_gradients_are_scattered_and_parameters_gathered_in_rings(sharding: Sharding) -> None:
+    """16 GPUs on two nodes: 28 hops of 2 µs and 2 of 5, 15/8 of the message at 25 GB/s; a tree has fewer hops."""
+
+    def ring_s(num_bytes: int) -> float:
+        return 66e-6 + 15 / 8 * num_bytes / 25e9
+
+    network = LARGER
+    buffers = sum(8 * layer.out_channels + 8 for layer in network.layers if layer.kind is LayerKind.BATCH_NORM)
+    sizes = [bucket.num_bytes for bucket in ddp_buckets(network)]
+    assert len(sizes) > 1
+    found = ptsim.predict(network, cluster=cluster(), gpus=16, batch=8, sharding=sharding)
+    expected = sum(map(ring_s, (*sizes, 4 * network.num_parameters, buffers))) / 2
+    assert found.communication_seconds == pytest.approx(expected, rel=1e-9)
+    whole = ptsim.predict(network, cluster=cluster(), gpus=16, batch=8)
+    assert whole.communication_seconds < sum(map(ring_s, sizes)) + ring_s(buffers) / 2
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_every_gpu_casts_all_weights_and_gradients_whatever_it_updates(precision: PrecisionName) -> None:
+    """Two and four bytes of each of both; the rest of the update, with the scaler's division, is shared by 8."""
+    whole, sharded = (
+        ptsim.predict(NETWORK, cluster="dgx-a100", gpus=8, batch=8, precision=precision, sharding=sharding)
+        for sharding in ("none", "zero1")
+    )
+    casts_s = 12 * NETWORK.num_parameters / (load_fit().efficiency.stream_bandwidth * 1555e9)
+    assert 0 < casts_s < whole.optimizer_seconds
+    assert sharded.optimizer_seconds == pytest.approx(casts_s + (whole.optimizer_seconds - casts_s) / 8)

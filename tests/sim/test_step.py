@@ -58,6 +58,13 @@ class TestByHand:
         # bucket 0 ready at 3; 1 s of backward takes 1.5 s with contention 0.5, of 4 s communication 1 s is done by 4.5
         assert step(plan([1, 1], [4, 0]), contention=0.5).step_s == pytest.approx(4.5 + 3 + 0.5, rel=1e-12)
 
+    def test_a_computation_that_was_recorded_beside_collectives_is_not_slowed_again_but_they_are(self) -> None:
+        # backward ends at 4; of the 4 s of bucket 0, ready at 3, that second has done 1 / 1.5
+        work = msgspec.structs.replace(plan([1, 1], [4, 0]), slowed=True)
+        result = step(work, contention=0.5)
+        assert result.step_s == pytest.approx(4 + (4 - 1 / 1.5) + 0.5, rel=1e-12)
+        assert result.communication_wait_s == pytest.approx(result.exposed_communication_s, rel=1e-12)
+
     def test_without_overlap_communication_follows_backward(self) -> None:
         assert step(plan([2, 2], [1, 1], overlap=False), contention=0.2).step_s == 8.5
 
