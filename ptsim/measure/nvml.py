@@ -143,7 +143,7 @@ class NvmlMeter:
         if samples is None:
             return None
         energy_j = self._counted_j(samples[-1].time_s - samples[0].time_s)
-        points = [(s.time_s, s.power_w) for s in samples if s.power_w is not None]
+        points = _whole([(s.time_s, s.power_w) for s in samples if s.power_w is not None], samples)
         until_s = samples[-1].time_s if until_s is None else max(until_s, samples[0].time_s)
         if energy_j is None:
             energy_j = _integral(points, until_s)
@@ -318,6 +318,13 @@ def _text(value: str | bytes) -> str:
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def _whole(points: list[tuple[float, float]], samples: list[_Sample]) -> list[tuple[float, float]]:
+    """(Seconds, watts) of all the time: what was not told at first, or at last, is as the reading next to it."""
+    if len(points) < 2:
+        return points
+    return [(samples[0].time_s, points[0][1]), *points, (samples[-1].time_s, points[-1][1])]
 
 
 def _integral(points: list[tuple[float, float]], until_s: float) -> float | None:

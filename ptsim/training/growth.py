@@ -42,12 +42,15 @@ class Proposal:
         self._first_batch = self._first_batch or recorder.watch.batch
         self._last = last_epoch(record, recorder.meter, recorder.team)
 
-    def batch(self) -> int | None:
-        """Propose anew; the loop's own mini-batch before the first epoch's end, None before the first step."""
+    def batch(self, average_bytes: int) -> int | None:
+        """Propose anew; the loop's own mini-batch before the first epoch's end, None before the first step.
+
+        `average_bytes` of the device hold an average of the weights.
+        """
         present = self._proposed or self._recorder.watch.batch
         if present is None or self._first_batch is None or self._last is None:
             return present
-        self._proposed = proposed_batch(self._recorder, self._settings, present, self._last)
+        self._proposed = proposed_batch(self._recorder, self._settings, present, self._last, average_bytes)
         self.learning_rate_scale = learning_rate_scale(self._first_batch, self._proposed, self._settings.lr_rule)
         return self._proposed
 
@@ -68,11 +71,13 @@ class Proposal:
         self.learning_rate_scale = state.learning_rate_scale
 
 
-def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: int, last: LastEpoch) -> int:
+def proposed_batch(
+    recorder: Recorder, settings: PruneSettings, batch_per_gpu: int, last: LastEpoch, average_bytes: int
+) -> int:
     """The largest mini-batch per rank that should fit: the present one plus whole multiples of the granularity.
 
     Where the gradients of several passes accumulated in the `last` epoch, it is that of one pass. It is never larger
-    than a rank's share of that epoch's images.
+    than a rank's share of that epoch's images. An average of the weights takes `average_bytes` of the device's memory.
     """
     passes, info = last.passes, recorder.meter.info()
     network = recorder.architecture
@@ -90,7 +95,7 @@ def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: i
     fits = largest_batch(
         network,
         setting,
-        capacity_bytes=settings.memory_budget_bytes or _room(recorder, last),
+        capacity_bytes=settings.memory_budget_bytes or _room(recorder, last) - average_bytes,
         device=match_device(info.name) if info.kind == "cuda" else None,
     )
     limits = [fits // passes, last.images_per_rank]

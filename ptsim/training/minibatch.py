@@ -78,13 +78,14 @@ class BatchPolicy:
         network = learner.recorder.architecture
         device = match_device(info.name) if info.kind == "cuda" else None
         present = learner.batch // world_size
+        taken = learner.recorder.resident_bytes + learner.pruner.average_bytes
         batch = grown_batch(
             network,
             config,
             batch_per_gpu=present,
             world_size=world_size,
             num_train=self._num_train,
-            capacity_bytes=config.memory_budget_bytes or info.must_exist()[1] - learner.recorder.resident_bytes,
+            capacity_bytes=config.memory_budget_bytes or info.must_exist()[1] - taken,
             device=device,
         )
         batch = int(learner.team.least(torch.tensor(batch, device=learner.device)))  # memories of nodes differ a little

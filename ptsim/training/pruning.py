@@ -220,7 +220,13 @@ class PruneTrain(misuse.OnlyOne):
         shrinks. Before the first epoch's end it is the loop's own, None before the first step. The learning rate should
         follow by `learning_rate_scale`, which is that of the last proposal.
         """
-        return self._proposal.batch()
+        return self._proposal.batch(self.average_bytes)
+
+    @property
+    def average_bytes(self) -> int:
+        """What `ema` takes of the memory of the network's device, beside every step."""
+        tensors = (t for average in self._averages() for t in (*average.parameters(), *average.buffers()))
+        return sum(tensor.nbytes for tensor in tensors if tensor.device == self.recorder.device)
 
     @property
     def learning_rate_scale(self) -> float:

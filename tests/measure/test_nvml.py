@@ -309,3 +309,27 @@ def test_samples_after_the_moment_are_in_no_mean_and_the_first_one_is_in_every(m
     assert (use.utilization, use.peak_memory_bytes) == (pytest.approx(0.4), 7)
     assert Board(monkeypatch).used(10.0).power_w == 100
     assert Board(monkeypatch).used(60.0).power_w == 200
+
+
+
+@pytest.mark.parametrize(
+    ("power_w", "until_s", "energy_j", "share"),
+    [
+        ((None, 100, 300, None), None, 10 * 100 + 10 * 200 + 10 * 300, 1),
+        ((None, 100, 300, None), 5.0, 5 * 100, 500 / 6000),
+        ((None, 100, 300, None), 25.0, 10 * 100 + 10 * 200 + 5 * 300, 4500 / 6000),
+        ((None, None, 100, 200), None, 20 * 100 + 10 * 150, 1),
+        ((100, None, None, 400), None, 30 * 250, 1),  # in between it goes along a line
+        ((None, 100, None, None), None, None, 1),
+    ],
+)
+def test_power_that_is_not_told_at_the_ends_is_that_of_the_nearest_reading(
+    monkeypatch, power_w, until_s, energy_j, share
+):
+    """Readings every ten seconds; without a counter, and with one that has grown by 2,500 J."""
+    unknown = dict.fromkeys(("sm_clock_hz", "memory_clock_hz", "temperature_c", "utilization", "memory_bytes"))
+    samples = [nvml._Sample(time_s=10.0 * i, power_w=told, **unknown) for i, told in enumerate(power_w)]
+    for before_j, after_mj, expected in ((None, None, energy_j), (1000.0, 3_500_000, 2500 * share)):
+        meter = Board(monkeypatch, energy_mj=(after_mj,)).meter
+        meter._sampler, meter._energy_before_j = SimpleNamespace(finish=lambda: samples), before_j
+        assert meter.stop(until_s).energy_j == (None if expected is None else pytest.approx(expected))

@@ -71,6 +71,7 @@ def test_the_rank_with_the_least_memory_decides_for_all(monkeypatch: pytest.Monk
         device=torch.device("cpu"),
         learning_rate_scale=1.5,
         set_batch=set_to.append,
+        pruner=SimpleNamespace(average_bytes=0),
         team=SimpleNamespace(
             world_size=2, least=lambda mine: mine.clamp(max=128), sum=lambda misfits: misfits + misfits_of_other.pop(0)
         ),
@@ -135,13 +136,13 @@ def test_an_own_loop_is_proposed_whole_multiples_more_for_each_pass(
     )
     last = LastEpoch(passes=passes, images_per_rank=images, memory_bytes=7 * 2**30)
     settings = make_settings({} if most is None else {"max_batch": most})
-    assert growth.proposed_batch(recorder, settings, 64, last) == proposed
+    assert growth.proposed_batch(recorder, settings, 64, last, 2**30) == proposed
     step = StepSetting(batch=64 * passes, passes=passes, momentum=0.5, regularizer="group_lasso", num_gpus=ranks)
-    assert asked == [(step, (8 if ranks == 1 else 7) * 2**30)]  # the memory of the device, or the least of several
+    assert asked == [(step, (7 if ranks == 1 else 6) * 2**30)]  # of the device, or the least of several, 1 GiB is taken
     recorder.regularizer = None
     settings = make_settings({"memory_budget_bytes": 5, "batch_granularity": 10**6, "regularizer": "proximal"})
     one_pass = msgspec.structs.replace(last, passes=1)
-    assert growth.proposed_batch(recorder, settings, 64, one_pass) == 64
+    assert growth.proposed_batch(recorder, settings, 64, one_pass, 2**30) == 64
     assert asked[1] == (StepSetting(batch=64, momentum=0.5, proximal=True, num_gpus=ranks), 5)
 
 
@@ -197,11 +198,11 @@ def test_a_trial_fails_for_want_of_memory_however_it_is_said(error: Exception | 
         assert not fits(learner, 4)
 
 
-@pytest.mark.parametrize(("changes", "capacity_bytes"), [({}, 37 * 2**30), ({"memory_budget": "1 GiB"}, 2**30)])
-def test_what_images_take_of_the_device_is_no_room_for_a_mini_batch(
+@pytest.mark.parametrize(("changes", "capacity_bytes"), [({}, 35 * 2**30), ({"memory_budget": "1 GiB"}, 2**30)])
+def test_what_images_and_an_average_take_of_the_device_is_no_room_for_a_mini_batch(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], capacity_bytes: int
 ) -> None:
-    """3 of 40 GiB; a budget is the iteration's alone."""
+    """3 and 2 of 40 GiB; a budget is the iteration's alone."""
     asked = that_fit(monkeypatch, minibatch, 64)
     recorder = SimpleNamespace(
         meter=SimpleNamespace(info=device_info), architecture=residual_network(), resident_bytes=3 * 2**30
@@ -211,6 +212,7 @@ def test_what_images_take_of_the_device_is_no_room_for_a_mini_batch(
         team=SimpleNamespace(world_size=1, agree=lambda *_: None, least=lambda mine: mine),
         recorder=recorder,
         device=torch.device("cpu"),
+        pruner=SimpleNamespace(average_bytes=2 * 2**30),
         batch=64,
         set_batch=lambda _: None,
         learning_rate_scale=1.0,

@@ -592,6 +592,18 @@ def test_accumulated_gradients_leave_room_for_a_smaller_pass_than_a_whole_step_w
     assert 8 < proposals[1] <= proposals[0]  # the gradients stay while the next pass runs
 
 
+def test_an_average_on_the_networks_device_takes_its_bytes_of_the_memory():
+    """By hand 2442 parameters and 72 running statistics of 4 bytes, and 4 counts of mini-batches of 8."""
+    model = fresh()
+    average = copy.deepcopy(model)
+    pruner = made(model, sgd(model), ema=average)
+    assert pruner.average_bytes == 4 * (2442 + 72) + 4 * 8
+    average.to("meta")  # in another place
+    assert pruner.average_bytes == 0
+    pruner.ema = None
+    assert pruner.average_bytes == 0
+
+
 def test_a_compiled_network_says_that_it_has_to_be_wrapped_again_or_does_it():
     for rewrap in (None, lambda network: CompiledOnce(network, backend="eager")):
         model = fresh()
