@@ -40,7 +40,7 @@ class Proposal:
         """The epoch of this record is over; all ranks call it."""
         recorder = self._recorder
         self._first_batch = self._first_batch or recorder.watch.batch
-        self._last = last_epoch(record, recorder.meter, recorder.team)
+        self._last = last_epoch(record, recorder.watch.batch, recorder.meter, recorder.team)
 
     def batch(self, average_bytes: int) -> int | None:
         """Propose anew; the loop's own mini-batch before the first epoch's end, None before the first step.
@@ -76,8 +76,9 @@ def proposed_batch(
 ) -> int:
     """The largest mini-batch per rank that should fit: the present one plus whole multiples of the granularity.
 
-    Where the gradients of several passes accumulated in the `last` epoch, it is that of one pass. It is never larger
-    than a rank's share of that epoch's images. An average of the weights takes `average_bytes` of the device's memory.
+    Where the gradients of several passes accumulated in the `last` epoch, it is that of one pass, and where the network
+    was called several times before one backward pass, that of one call. It is never larger than a rank's share of that
+    epoch's images. An average of the weights takes `average_bytes` of the device's memory.
     """
     passes, info = last.passes, recorder.meter.info()
     network = recorder.architecture
@@ -98,7 +99,7 @@ def proposed_batch(
         capacity_bytes=settings.memory_budget_bytes or _room(recorder, last) - average_bytes,
         device=match_device(info.name) if info.kind == "cuda" else None,
     )
-    limits = [fits // passes, last.images_per_rank]
+    limits = [last.forwards(fits // passes), last.forwards(last.images_per_rank)]
     if settings.max_batch is not None:
         limits.append(settings.max_batch // recorder.team.world_size)
     steps = max(0, min(limits) - batch_per_gpu) // settings.batch_granularity

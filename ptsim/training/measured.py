@@ -38,23 +38,35 @@ class LastEpoch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         passes: of an update.
         images_per_rank: in the whole epoch.
         memory_bytes: of that rank's device that has the least; None where nobody knows it.
+        images_per_forward, images_per_pass: of its largest forward pass, and of all those that one backward pass
+            followed; states of older versions do not know them.
     """
 
     passes: Count
     images_per_rank: Whole
     memory_bytes: Whole | None
+    images_per_forward: Count = 1
+    images_per_pass: Count = 1
+
+    def forwards(self, images: int) -> int:
+        """How many images each forward pass may have where those before one backward pass have so many together."""
+        return images * self.images_per_forward // self.images_per_pass
 
 
-def last_epoch(epoch: Epoch, meter: Meter, team: Team) -> LastEpoch:
+def last_epoch(epoch: Epoch, images_per_forward: int | None, meter: Meter, team: Team) -> LastEpoch:
     """Of an epoch that is over; all ranks call it, and the least memory decides for all of them."""
     known = meter.info().memory_bytes
     if team.world_size > 1:
         least = int(team.least(torch.tensor(_UNKNOWN if known is None else known, device=team.device)))
         known = None if least == _UNKNOWN else least
+    one_pass = -(-epoch.batch_per_gpu // epoch.passes)
+    forward = images_per_forward or one_pass
     return LastEpoch(
         passes=epoch.passes,
         images_per_rank=epoch.num_images // epoch.world_size,
         memory_bytes=known,
+        images_per_forward=forward,
+        images_per_pass=max(one_pass, forward),  # the largest forward pass may be an odd one
     )
 
 

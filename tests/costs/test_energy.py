@@ -176,3 +176,13 @@ def test_no_time_count_or_price_is_negative(wrong):
     with pytest.raises(ValueError, match="negative"):
         price_usd(*wrong)
     assert price_usd(0.0, 8, 2.5) == price_usd(3600, 0, 2.5) == price_usd(3600, 8, 0.0) == 0
+
+
+def test_the_assumption_weighs_a_tenth_of_a_sample_and_nobody_draws_less_than_when_idle():
+    """One sample at half of the 350 W above idle: (0.5 + 0.1 · 0.85) / 1.1 of them; nothing of streaming and waiting."""
+    only = PowerSample(step=step(1.0, 0.0), waiting_s=0.0, power_w=225.0)
+    model = fit_power(A100, [only])
+    assert model.product_w == pytest.approx(50 + 350 * 0.585 / 1.1)
+    assert (model.stream_w, model.waiting_w) == pytest.approx((277.5, 137.5))
+    less = fit_power(A100, [msgspec.structs.replace(only, power_w=30.0)] * 20)
+    assert less.product_w == pytest.approx(50, abs=1e-6)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ptsim.errors import UsageError
 from ptsim.training.config import make_config, resolve
-from ptsim.training.data import Share, StreamedData, held_out, normalization_of
+from ptsim.training.data import ResidentData, Share, StreamedData, held_out, normalization_of
 from ptsim.training.datasets import load_data, quarter_of_memory_bytes
 
 CPU = torch.device("cpu")
@@ -117,6 +117,29 @@ def test_crops_and_flips_are_those_of_torchvision():
         assert matches
         mirrored += matches[0]
     assert 2 <= mirrored <= 14
+
+
+def test_every_place_of_a_crop_is_as_likely_as_the_others_and_half_are_mirrored():
+    """Pixels 50 + 10 · row + column with a border of one: nine places, mirrored or not, of 1800 images 100 each."""
+    settings = {"dataset": "synthetic", "augment": "crop_flip", "crop_padding": 1, "batch": 8}
+    rows, columns = torch.arange(4)[:, None], torch.arange(4)
+    images = (50 + 10 * rows + columns).to(torch.uint8).expand(1800, 1, 4, 4)
+    labels = torch.zeros(1800, dtype=torch.int64)
+    data = ResidentData(
+        "places", train=(images, labels), validation=(images[:1], labels[:1]), num_classes=2,
+        config=resolve(make_config(settings), device="cpu"), device=CPU,
+    )  # fmt: skip
+    ((seen, _),) = epoch_of(data, batch=1800)
+    (mean,), (std,) = data.normalization.mean, data.normalization.std
+    pixels = ((seen * std + mean) * 255).round().to(torch.int64)[:, 0]
+    mirrored = pixels[:, 1, 1] > pixels[:, 1, 2]
+    corner = torch.where(mirrored, pixels[:, 1, 2], pixels[:, 1, 1]) - 50  # 10 · top + left
+    places, counts = torch.stack([corner, mirrored.long()]).unique(dim=1, return_counts=True)
+    assert sorted(set(places[0].tolist())) == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+    assert len(counts) == 18
+    assert counts.min() > 60  # four standard deviations of 10
+    assert counts.max() < 140
+    assert 815 < mirrored.sum() < 985
 
 
 def test_the_normalised_training_set_has_mean_0_and_deviation_1():

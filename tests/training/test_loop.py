@@ -118,15 +118,18 @@ def test_a_dense_run_changes_no_shape_and_has_no_penalty(tmp_path):
     assert (len(trace.networks), trace.reconfigurations) == (1, ())
 
 
-def test_a_run_equals_a_training_loop_written_out_by_hand(tmp_path):
+@pytest.mark.parametrize("decay", [0.0, 0.75])
+def test_a_run_equals_a_training_loop_written_out_by_hand(tmp_path, decay):
     """SGD with momentum and weight decay plus autograd's gradient of λ times the penalty, for three epochs."""
     made = settings(epochs=3, interval=100, threshold=1e-12, profile=False, model=f"{NETS}:plain", lr_milestones=[2])
+    made["ema_decay"] = decay
     result = ptsim.train(made, out=tmp_path / "run")
     torch.manual_seed(0)
     model = ptsim.zoo.create(made["model"], num_classes=10)
     config = loop.resolve(loop.make_config(made), device="cpu")
     data = loop.load_data(config, input_shape=(3, 32, 32), device=torch.device("cpu"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    averages = [parameter.detach().clone() for parameter in model.parameters()]
     lasso = GroupLasso(model, find_groups(model, (3, 8, 8)))
     losses = []
     for epoch in range(3):
@@ -137,11 +140,13 @@ def test_a_run_equals_a_training_loop_written_out_by_hand(tmp_path):
             (loss + result.penalty_coefficient * lasso.penalty()).backward()
             optimizer.step()
             losses.append(loss.item())
+            averages = [decay * a + (1 - decay) * p.detach() for a, p in zip(averages, model.parameters(), strict=True)]
     trained = ptsim.load_model(result.folder, trust=True)
-    for (name, ours), theirs in zip(trained.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-6, msg=name)
-    recorded = ptsim.read_trace(result.trace).epochs[0].train_loss
-    assert recorded == pytest.approx(sum(losses[:6]) / 6, rel=1e-6)
+    for (name, ours), theirs in zip(trained.named_parameters(), averages, strict=True):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-4, atol=1e-6, msg=name)
+    first, *_, last = ptsim.read_trace(result.trace).epochs
+    assert first.train_loss == pytest.approx(sum(losses[:6]) / 6, rel=1e-6)
+    assert last.penalty == pytest.approx(result.penalty_coefficient * lasso.value().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -580,6 +585,23 @@ class Coarse(torch.amp.GradScaler):
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, init_scale=2.0**22, **named)
+
+
+class Gentle(torch.amp.GradScaler):
+    """Begins with a scale at which no gradient of a tiny network is infinite in fp16."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, init_scale=2.0**10, **named)
+
+
+def test_gradients_are_clipped_as_they_are_without_the_scale_of_the_loss(tmp_path, monkeypatch):
+    """An epoch without the penalty and one with it: no gradient is as long as 100, with the scale of 1024 all are."""
+    monkeypatch.setattr(torch.amp, "GradScaler", Gentle)
+    made = settings(epochs=2, pretrain_epochs=1, precision="fp16", profile=False, threshold=1e-12)
+    runs = [ptsim.train(made | {"clip_norm": clip}, out=tmp_path / f"{clip}") for clip in (None, 100.0)]
+    assert [epoch.num_iterations for epoch in ptsim.read_trace(runs[1].trace).epochs] == [6, 6]
+    plain, clipped = (ptsim.load_model(run.folder, trust=True).parameters() for run in runs)
+    assert all(torch.equal(p, q) for p, q in zip(plain, clipped, strict=True))
 
 
 def test_a_run_whose_first_updates_are_left_out_can_be_read_and_resumed(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ptsim.trace.schema import DeviceUse, EpochTime, StepDistribution
+from ptsim.training.distributed import Team
 from ptsim.training.losses import LossSum
 from ptsim.training.measured import (
     LastEpoch,
@@ -230,9 +231,32 @@ def test_the_rank_with_the_least_memory_decides_how_far_a_mini_batch_may_grow(
 ) -> None:
     team: Any = SimpleNamespace(world_size=ranks, device=CPU, least=lambda mine: mine.clamp(max=least))
     meter: Any = SimpleNamespace(info=lambda: SimpleNamespace(memory_bytes=own))
-    epoch: Any = SimpleNamespace(passes=3, num_images=130, world_size=ranks)
-    expected = LastEpoch(passes=3, images_per_rank=130 // ranks, memory_bytes=known)
-    assert last_epoch(epoch, meter, team) == expected
+    epoch: Any = SimpleNamespace(passes=3, num_images=130, world_size=ranks, batch_per_gpu=48)
+    expected = LastEpoch(
+        passes=3, images_per_rank=130 // ranks, memory_bytes=known, images_per_forward=16, images_per_pass=16
+    )
+    assert last_epoch(epoch, 16, meter, team) == expected
     team.least = lambda mine: mine
     nobody: Any = SimpleNamespace(info=lambda: SimpleNamespace(memory_bytes=None))
-    assert last_epoch(epoch, nobody, team).memory_bytes is None
+    assert last_epoch(epoch, 16, nobody, team).memory_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("forward", "seen", "of_100"),
+    [
+        (16, (16, 16), 100),
+        (8, (8, 16), 50),  # two calls of the network before every backward pass
+        (12, (12, 16), 75),  # one of 12 images and one of 4
+        (20, (20, 20), 100),  # a larger mini-batch among the usual ones
+        (None, (16, 16), 100),
+    ],
+)
+def test_calls_of_the_network_before_one_backward_pass_share_the_memory(
+    forward: int | None, seen: tuple[int, int], of_100: int
+) -> None:
+    """48 images of an update in three passes: 16 a backward pass."""
+    meter: Any = SimpleNamespace(info=lambda: SimpleNamespace(memory_bytes=1))
+    epoch: Any = SimpleNamespace(passes=3, num_images=96, world_size=1, batch_per_gpu=48)
+    found = last_epoch(epoch, forward, meter, Team(device=CPU))
+    assert (found.images_per_forward, found.images_per_pass) == seen
+    assert found.forwards(100) == of_100

@@ -592,6 +592,27 @@ def test_accumulated_gradients_leave_room_for_a_smaller_pass_than_a_whole_step_w
     assert 8 < proposals[1] <= proposals[0]  # the gradients stay while the next pass runs
 
 
+def proposed_after(calls, num_batches, budget):
+    """What is proposed after an epoch of 8 images a mini-batch, each of which the network sees in so many calls."""
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, memory_budget_bytes=budget, batch_granularity=1, interval=9)
+    for images, labels in images_and_labels(num_batches, 8):
+        optimizer.zero_grad()
+        loss = sum(F.cross_entropy(model(images.roll(call, 3)), labels) for call in range(calls))
+        loss.backward()
+        pruner.step(loss)
+        optimizer.step()
+    pruner.end_epoch()
+    return pruner.batch
+
+
+def test_a_network_that_is_called_twice_before_backward_is_proposed_half_as_many_images_for_each_call():
+    """As a Siamese network."""
+    assert 8 < proposed_after(2, 32, 2**20) == proposed_after(1, 32, 2**20) // 2
+    assert proposed_after(2, 4, 2**30) == 32  # an epoch's images, of which each was seen twice
+
+
 def test_an_average_on_the_networks_device_takes_its_bytes_of_the_memory():
     """By hand 2442 parameters and 72 running statistics of 4 bytes, and 4 counts of mini-batches of 8."""
     model = fresh()

@@ -4,7 +4,9 @@ import copy
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,10 @@ from torch.nn.utils import prune as torch_prune
 
 import ptsim
 from ptsim.errors import TrainingError, UsageError
+from ptsim.trace.schema import DeviceUse
+from ptsim.training.checkpoint import Totals
+from ptsim.training.measured import Unfinished
+from tests.training.test_other_loops import Clock
 from tests.training.test_own_loop import IMAGE, fresh, images_and_labels, one_thread, sgd  # noqa: F401 # a fixture
 
 
@@ -62,6 +68,53 @@ def test_the_mean_loss_weighs_every_image_alike(tmp_path):
         recorder.step(loss)
         losses.append(loss.item())
     assert recorder.end_epoch().train_loss == pytest.approx((16 * losses[0] + 4 * losses[1]) / 20)
+
+
+@pytest.mark.parametrize(("told", "weights"), [((1, 3), (1, 3)), ((None, 4), (16, 4)), ((None, None), (16, 16))])
+def test_a_loss_weighs_as_many_images_as_the_loop_tells_and_else_as_were_seen(told, weights):
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    losses = []
+    for (images, labels), number in zip(images_and_labels(2), told, strict=True):
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        recorder.step(loss, number)
+        losses.append(loss.item())
+    mean = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+    epoch = recorder.end_epoch()
+    assert epoch.train_loss == pytest.approx(mean)
+    assert epoch.num_images == 32
+
+
+def test_what_a_run_has_spent_is_the_sum_of_its_sessions_and_epochs(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    model = fresh()
+    recorder = ptsim.Recorder(model, sgd(model), input_shape=IMAGE)
+    recorder.totals = Totals(wall_s=10.0, num_iterations=3)  # of the sessions before
+    clock.passes(2.0)
+    assert recorder.spend_time().wall_s == 12.0
+    clock.passes(3.0)
+    assert recorder._end("clean", None).wall_s == 15.0
+    assert recorder.spend_time().wall_s == 15.0
+    spent = recorder.totals
+    uses = (None, DeviceUse(energy_j=5.0), DeviceUse(), DeviceUse(energy_j=2.5))
+    for use, energy_j in zip(uses, (None, 5.0, 5.0, 7.5), strict=True):  # an epoch that nobody metered adds nothing
+        spent = spent.after(SimpleNamespace(num_iterations=4, device=use))
+        assert spent.energy_j == energy_j
+    assert (spent.num_iterations, spent.wall_s) == (19, 15.0)
+
+
+def test_data_that_nobody_described_are_as_many_images_as_the_first_epoch_has_also_in_two_parts(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    with ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path) as recorder:
+        recorder.continue_epoch(Unfinished(num_iterations=2, num_images=32, batch=16))
+        train(recorder, model, optimizer)
+    trace = ptsim.read_trace(tmp_path)
+    assert trace.run.dataset.num_train == trace.epochs[0].num_images == 32 + 64
 
 
 def test_validation_and_copies_are_not_part_of_the_training(tmp_path):
@@ -154,6 +207,8 @@ def test_a_run_that_masks_weights_with_torch_and_removes_the_masks(tmp_path):
     density = {d.layer: d for d in trace.epochs[1].densities}["inner.0"]
     assert density.output_channels == 0.5
     assert trace.epochs[1].channel_sparsity == pytest.approx(4 / (8 + 8 + 8 + 12 + 10))
+    weights = 9 * (3 * 8 + 8 * 8 + 8 * 8 + 8 * 12) + 12 * 10  # and hardly one in a thousand happens to be near zero
+    assert trace.epochs[1].weight_sparsity == pytest.approx(4 * 9 * 8 / weights, abs=0.005)
     assert len(trace.networks) == 1
     assert ptsim.cost(trace).parameters == sum(p.numel() for p in model.parameters())
     assert len(ptsim.simulate(trace, "aws-p3-16xlarge", [8])) == 1
