@@ -23,7 +23,7 @@ PRECISION_NAMES: tuple[PrecisionName, ...] = get_args(PrecisionName)
 
 
 class ToldUpdate(msgspec.Struct, frozen=True, kw_only=True):
-    """What a recorded run says of an optimizer that is not ptsim's own, the run's momentum included.
+    """What a recorded run says of an optimizer that no row of ptsim's own describes, the run's momentum included.
 
     Attributes:
         optimizer: its name.

@@ -115,7 +115,8 @@ class Run(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ru
         origin: "recorded" by ptsim while it trained, "planned" (nobody has trained it: nothing in it is measured), or
             "imported" from measurements of another program.
         assumed: what a planned or imported run takes for given.
-        update: of an optimizer that is not ptsim's own, so that the trace is enough without its package.
+        update: of an optimizer that is not ptsim's own, so that the trace is enough without its package, or that keeps
+            other than its row says, as Adam with amsgrad does.
     """
 
     schema_version: int

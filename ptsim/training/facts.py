@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,14 +99,17 @@ def costed_optimizer(optimizer: torch.optim.Optimizer) -> str:
     name = type(optimizer).__name__.lower()
     if name in OPTIMIZERS.names():
         return name
-    states = max(
-        (
-            sum(isinstance(v, Tensor) and v.shape == parameter.shape and v.ndim > 0 for v in entries.values())
-            for parameter, entries in optimizer.state.items()
-        ),
-        default=0,
-    )
+    states = max((number for number, _ in _states(optimizer)), default=0)
     return "sgd" if states == 1 and momentum_of(optimizer) else _BY_STATES.get(states, "adam")
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[tuple[int, int]]:
+    """Of every weight that it has updated: how many values it keeps for each element, and how many elements it has."""
+    return [
+        (sum(isinstance(v, Tensor) and v.shape == weight.shape and v.ndim > 0 for v in kept.values()), weight.numel())
+        for weight, kept in optimizer.state.items()
+        if isinstance(weight, Tensor)
+    ]
 
 
 def momentum_of(optimizer: torch.optim.Optimizer) -> float | None:
@@ -286,17 +290,28 @@ def shapes_of(network: nn.Module) -> tuple[Any, ...]:
 def told_update(name: object, optimizer: torch.optim.Optimizer) -> UpdateCosts | None:
     """What a trace has to say of the optimizer called `name`, so that it can be read without its package.
 
-    None of ptsim's own. One that no table knows moves as much as the one that stands for it (`costed_optimizer`).
+    None of ptsim's own, if it keeps what its row says (Adam with amsgrad keeps more). One that no table knows moves as
+    much as the one that stands for it (`costed_optimizer`). What most weights have counts: Adafactor keeps of matrices
+    rows and columns alone. A state more is read and written, by a kernel of its own with another operand.
     """
-    if not isinstance(name, str) or name in OPTIMIZERS.own:
+    if not isinstance(name, str):
         return None
     known = name in OPTIMIZERS.names()
     kind = OPTIMIZERS.find(name if known else costed_optimizer(optimizer))
     momentum = momentum_of(optimizer) if known else costed_momentum(optimizer)
+    usual = kept = kind.states(momentum)
+    elements = Counter[int]()
+    for number, size in _states(optimizer) if name in OPTIMIZERS.own or not known else ():
+        elements[number] += size
+    if elements:
+        kept = elements.most_common(1)[0][0]
+    if name in OPTIMIZERS.own and kept == usual:
+        return None
+    more = max(0, kept - usual)
     return UpdateCosts(
-        num_states=kind.states(momentum),
-        accesses=kind.moved(momentum),
-        fused_accesses=kind.moved(momentum, fused=True),
+        num_states=kept,
+        accesses=kind.moved(momentum) + 3 * more,
+        fused_accesses=kind.moved(momentum, fused=True) + 2 * more,
     )
 
 

@@ -9,8 +9,8 @@ import msgspec
 
 from ptsim.costs.memory import largest_batch
 from ptsim.hardware.catalog import match_device
-from ptsim.setting import StepSetting
-from ptsim.training.facts import costed_momentum, costed_optimizer
+from ptsim.setting import StepSetting, ToldUpdate
+from ptsim.training.facts import costed_momentum, costed_optimizer, told_update
 from ptsim.training.measured import LastEpoch, last_epoch
 from ptsim.training.recorder import Recorder
 
@@ -82,16 +82,19 @@ def proposed_batch(
     """
     passes, info = last.passes, recorder.meter.info()
     network = recorder.architecture
+    optimizer = costed_optimizer(recorder.optimizer)
+    update = told_update(optimizer, recorder.optimizer)
     setting = StepSetting(
         batch=batch_per_gpu * passes,
         passes=passes,
         precision=recorder.precision,
-        optimizer=costed_optimizer(recorder.optimizer),
+        optimizer=optimizer,
         momentum=costed_momentum(recorder.optimizer),
         proximal=settings.regularizer == "proximal",
         memory_format=recorder.memory_format,
         regularizer=settings.criterion if recorder.regularizer is not None else None,
         num_gpus=recorder.team.world_size,
+        told_update=None if update is None else ToldUpdate(optimizer=optimizer, **msgspec.structs.asdict(update)),
     )
     fits = largest_batch(
         network,

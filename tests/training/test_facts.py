@@ -96,18 +96,48 @@ def test_an_unknown_optimizer_is_costed_by_the_values_it_keeps_for_a_weight(
         ({}, {}, (0, 6, 3), 0.0),  # as SGD without: nobody said that it has one
         ({"a": FULL}, {}, (1, 16, 5), None),
         ({"a": FULL, "b": FULL}, {}, (2, 21, 7), None),
+        # As Adam and two states more: each is read, beside another operand, and written.
+        ({"a": FULL, "b": FULL, "c": FULL, "d": FULL}, {}, (4, 21 + 2 * 3, 7 + 2 * 2), None),
     ],
 )
-def test_what_keeps_nothing_has_no_momentum_and_ptsims_own_need_not_be_told(
+def test_what_no_table_knows_is_told_by_what_it_keeps_and_what_keeps_nothing_has_no_momentum(
     state: dict[str, Any], defaults: dict[str, float], costs: tuple[int, int, int], momentum: float | None
 ) -> None:
     optimizer = Theirs(state, **defaults)
-    for name in ("sgd", None, 3):
-        assert told_update(name, optimizer) is None
+    assert told_update(None, optimizer) is None
+    assert told_update(3, optimizer) is None
     told = told_update("Theirs", optimizer)
     assert told is not None
     assert (told.num_states, told.accesses, told.fused_accesses) == costs
     assert seen_settings(optimizer, nn.Linear(1, 1), batch=1, rate=0.1).get("momentum") == momentum
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "told"),
+    [
+        ("sgd", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), None),
+        ("sgd", lambda p: torch.optim.SGD(p, lr=0.1), None),
+        ("adamw", torch.optim.AdamW, None),
+        ("rmsprop", lambda p: torch.optim.RMSprop(p, momentum=0.5), None),
+        # The largest second moments, or the mean gradients: a state more.
+        ("adam", lambda p: torch.optim.Adam(p, amsgrad=True), (3, 21 + 3, 7 + 2)),
+        ("rmsprop", lambda p: torch.optim.RMSprop(p, momentum=0.5, centered=True), (3, 16 + 5 + 3, 5 + 2 + 2)),
+        # Of the matrix it keeps rows and columns, of the vector all.
+        ("rmsprop", torch.optim.Adafactor, (0, 16, 5)),
+        ("theirs", torch.optim.Adafactor, (0, 16, 5)),
+    ],
+)
+def test_ptsims_own_are_told_where_they_keep_other_than_their_row_says(
+    name: str, make: Any, told: tuple[int, int, int] | None
+) -> None:
+    parameters = [weight(3, 2), weight(3)]
+    optimizer = make(parameters)
+    assert told_update(name, optimizer) is None or name == "theirs"  # before the first update nobody can see it
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    found = told_update(name, optimizer)
+    assert (None if found is None else msgspec.structs.astuple(found)) == told
 
 
 def test_a_change_between_two_epochs_counts_channels_and_names_layers() -> None:
