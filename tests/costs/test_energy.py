@@ -179,7 +179,7 @@ def test_no_time_count_or_price_is_negative(wrong):
 
 
 def test_the_assumption_weighs_a_tenth_of_a_sample_and_nobody_draws_less_than_when_idle():
-    """One sample at half of the 350 W above idle: (0.5 + 0.1 · 0.85) / 1.1 of them; nothing of streaming and waiting."""
+    """One sample at half of the 350 W above idle: (0.5 + 0.1 · 0.85) / 1.1 of them; none of streaming and waiting."""
     only = PowerSample(step=step(1.0, 0.0), waiting_s=0.0, power_w=225.0)
     model = fit_power(A100, [only])
     assert model.product_w == pytest.approx(50 + 350 * 0.585 / 1.1)

@@ -311,7 +311,6 @@ def test_samples_after_the_moment_are_in_no_mean_and_the_first_one_is_in_every(m
     assert Board(monkeypatch).used(60.0).power_w == 200
 
 
-
 @pytest.mark.parametrize(
     ("power_w", "until_s", "energy_j", "share"),
     [

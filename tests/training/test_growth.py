@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ptsim.network import Network, Precision
+from ptsim.optimizers import kind_of
 from ptsim.setting import StepSetting
 from ptsim.training import growth, minibatch
 from ptsim.training.config import make_config
@@ -102,6 +103,19 @@ def test_a_runs_steps_are_reckoned_as_they_are_configured() -> None:
     assert minibatch.step_setting(dense, 8, 1) == StepSetting(batch=8)
 
 
+def recording(optimizer: torch.optim.Optimizer, ranks: int = 1) -> Any:
+    """A recorder of a loop with this optimizer, as far as a proposal asks it."""
+    return SimpleNamespace(
+        meter=SimpleNamespace(info=lambda: device_info("a CPU")),
+        architecture=residual_network(),
+        precision=Precision.FP32,
+        memory_format="contiguous",
+        optimizer=optimizer,
+        regularizer=print,
+        team=SimpleNamespace(world_size=ranks),
+    )
+
+
 @pytest.mark.parametrize(
     ("fitting", "passes", "ranks", "most", "images", "proposed"),
     [
@@ -125,15 +139,7 @@ def test_an_own_loop_is_proposed_whole_multiples_more_for_each_pass(
     proposed: int,
 ) -> None:
     asked = that_fit(monkeypatch, growth, fitting)
-    recorder: Any = SimpleNamespace(
-        meter=SimpleNamespace(info=lambda: device_info("a CPU")),
-        architecture=residual_network(),
-        precision=Precision.FP32,
-        memory_format="contiguous",
-        optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.5),
-        regularizer=print,
-        team=SimpleNamespace(world_size=ranks),
-    )
+    recorder = recording(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.5), ranks)
     last = LastEpoch(passes=passes, images_per_rank=images, memory_bytes=7 * 2**30)
     settings = make_settings({} if most is None else {"max_batch": most})
     assert growth.proposed_batch(recorder, settings, 64, last, 2**30) == proposed
@@ -144,6 +150,20 @@ def test_an_own_loop_is_proposed_whole_multiples_more_for_each_pass(
     one_pass = msgspec.structs.replace(last, passes=1)
     assert growth.proposed_batch(recorder, settings, 64, one_pass, 2**30) == 64
     assert asked[1] == (StepSetting(batch=64, momentum=0.5, proximal=True, num_gpus=ranks), 5)
+
+
+def test_all_that_an_own_loops_optimizer_keeps_is_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam with amsgrad keeps three states, one more than its row says."""
+    asked = that_fit(monkeypatch, growth, 64)
+    weight, last = nn.Parameter(torch.zeros(2)), LastEpoch(passes=1, images_per_rank=64, memory_bytes=None)
+    for amsgrad in (False, True):
+        optimizer = torch.optim.Adam([weight], amsgrad=amsgrad)
+        weight.grad = torch.ones(2)
+        optimizer.step()
+        growth.proposed_batch(recording(optimizer), make_settings({}), 64, last, 0)
+    plain, more = (setting for setting, _ in asked)
+    assert [kind_of(setting).states(setting.momentum) for setting in (plain, more)] == [2, 3]
+    assert (plain.optimizer, plain.told_update, more.optimizer) == ("adam", None, "adam")
 
 
 def test_the_rate_follows_the_mini_batch_in_proportion_or_with_the_root() -> None:
