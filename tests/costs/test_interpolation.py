@@ -168,6 +168,33 @@ def test_a_neighbour_of_an_odd_operator_is_odd_and_what_is_far_from_all_is_unsur
     assert 0 < near.log_error < far.log_error
 
 
+def test_operators_timed_alone_say_how_they_compare_and_not_how_long_a_step_takes() -> None:
+    """In proportion to their bytes, but alone in half of the time: the estimate is that of a step."""
+    times = [
+        took(relu(2**k), 1e-3 * 2**k * (0.5 if k % 2 else 1.0), context="alone" if k % 2 else "step") for k in range(12)
+    ]
+    found = known(*times).estimate(relu(48), "forward")
+    assert found.seconds == pytest.approx(48e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("changes", [{"kernel": 5}, {"stride": (4, 4)}])
+def test_a_kernel_and_a_stride_are_places_of_their_own(changes: dict[str, object]) -> None:
+    """Few of each form, so that one family has all: those of one form take three times as long for what they do."""
+
+    def seconds(operator: Operator) -> float:
+        taps = operator.kernel[0] ** 2
+        return (
+            1e-9 * taps * operator.inputs[0][0] * operator.output[0] * (3.0 if taps * operator.stride[0] > 9 else 1.0)
+        )
+
+    counts = [(2**i, 2**o) for i in range(6, 10) for o in range(6, 9)]
+    operators = [conv(i, o, size=8, **form) for form in ({}, changes) for i, o in counts[: 11 if form else 12]]
+    measured = known(*(took(operator, seconds(operator)) for operator in operators))
+    for form in ({}, changes):
+        asked = conv(96, 192, size=8, **form)
+        assert measured.estimate(asked, "forward").seconds == pytest.approx(seconds(asked), rel=0.05)
+
+
 @pytest.mark.parametrize(("op", "image"), [("conv1d", (64,)), ("conv2d", (8, 8)), ("conv3d", (4, 4, 4))])
 def test_a_convolutions_neighbours_have_as_many_channels_over_any_number_of_axes(op: str, image: tuple[int]) -> None:
     """As above: in proportion to their input's channels but for one."""
