@@ -592,6 +592,28 @@ def test_accumulated_gradients_leave_room_for_a_smaller_pass_than_a_whole_step_w
     assert 8 < proposals[1] <= proposals[0]  # the gradients stay while the next pass runs
 
 
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_proposal_never_shrinks_and_its_rate_counts_from_the_first_mini_batch(taken):
+    """64 images in the first epoch; then one mini-batch of all of them, or two of 16 as before."""
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, memory_budget_bytes=2**30, batch_granularity=8, interval=9)
+    for batches in (images_and_labels(), images_and_labels(1, 64) if taken else images_and_labels(2)):
+        train(pruner, model, optimizer, 1, batches)
+        assert (pruner.batch, pruner.learning_rate_scale) == (64, 4.0)
+
+
+def test_an_epoch_without_the_penalty_ends_without_a_reconfiguration():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, interval=1)
+    outcomes = []
+    for regularized in (True, False, True):
+        pruner.regularized = regularized
+        outcomes += train(pruner, model, optimizer, 1, images_and_labels(2))
+    assert [outcome.reconfiguration is not None for outcome in outcomes] == [True, False, True]
+
+
 def proposed_after(calls, num_batches, budget):
     """What is proposed after an epoch of 8 images a mini-batch, each of which the network sees in so many calls."""
     model = fresh()
