@@ -35,6 +35,29 @@ def test_a_block_reads_and_writes_only_the_channels_of_the_stream_that_its_weigh
         assert found == [("blocks.0.a", read, None, "blocks.0.an"), ("blocks.0.b", None, written, "blocks.0.bn")]
 
 
+def test_a_gated_block_is_gated_again_as_more_of_its_channels_vanish() -> None:
+    """Of the stream's 12 channels one layer reads 6, then 4, and one writes 7, then 5."""
+    model = small_resnet()
+    with torch.no_grad():
+        model.get_parameter("blocks.0.a.weight")[:, 2:8] = 0
+        model.get_parameter("blocks.0.b.weight")[4:9] = 0
+    first = reconfigure(model, find_groups(model, SMALL_IMAGE), mode="gating")
+    gather, scatter = (model.get_buffer(f"blocks.0.{name}.mask") for name in ("a.gather", "bn.norm"))
+    assert [torch.nonzero(mask).flatten().tolist() for mask in (gather, scatter)] == [
+        [0, 1, 8, 9, 10, 11], [0, 1, 2, 3, 9, 10, 11],
+    ]  # fmt: skip
+    with torch.no_grad():
+        model.get_parameter("blocks.0.a.layer.weight")[:, [1, 3]] = 0  # the stream's 1 and 9
+        model.get_parameter("blocks.0.b.weight")[[2, 6]] = 0  # 2 and 11
+    zeroed = copy.deepcopy(model)
+    assert reconfigure(model, first.groups, mode="gating").changed
+    gather, scatter = (model.get_buffer(f"blocks.0.{name}.mask") for name in ("a.gather", "bn.norm"))
+    assert [torch.nonzero(mask).flatten().tolist() for mask in (gather, scatter)] == [
+        [0, 8, 10, 11], [0, 1, 3, 9, 10],
+    ]  # fmt: skip
+    same_function(model, zeroed, SMALL_IMAGE)
+
+
 class Meeting(nn.Module):
     """Two convolutions that meet at a sum, and the layer that reads it: a stream that three layers touch."""
 
