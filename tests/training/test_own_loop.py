@@ -18,6 +18,7 @@ from ptsim.errors import TrainingError, UnknownNameError, UnsupportedModelError,
 from ptsim.prune.criteria.coefficient import proximal_shrinkages
 from ptsim.trace.io import TraceWriter
 from ptsim.training import loop
+from ptsim.training.outcome import PruningSummary
 from ptsim.training.wrapping import CompiledOnce
 from tests.training.nets import Branching, small
 from tests.training.runs import settings
@@ -156,7 +157,13 @@ def test_the_readme_loop_prunes_and_its_trace_answers_cost_and_simulate(tmp_path
     assert min(time.forward_s, time.backward_s, time.regularizer_s, time.optimizer_s) > 0
     named = time.data_wait_s + time.forward_s + time.backward_s + time.regularizer_s + time.optimizer_s
     assert 0.8 * time.wall_s < named <= time.wall_s  # nothing of a step is left without a name
-    assert "λ" in str(pruner.summary())
+    summary = pruner.summary()
+    assert (summary.epochs, summary.reconfigurations, summary.penalty_coefficient) == (4, 2, pruner.penalty_coefficient)
+    # On 8×8 pixels, the last convolution on 4×4; 46 outputs of convolutions and of the linear layer.
+    macs = 64 * 9 * (3 * 8 + 8 * 8 + 8 * 8) + 16 * 9 * 8 * 12 + 12 * 10
+    assert (summary.channels[0], summary.parameters[0], summary.forward_macs[0]) == (46, 2442, macs)
+    assert summary.parameters[1] == sum(p.numel() for p in model.parameters()) < 2442
+    assert summary.forward_macs[1] == pruner.recorder.architecture.forward_macs < macs
     pruner.close()
     trace = ptsim.read_trace(tmp_path / "mine")
     assert trace.complete
@@ -164,6 +171,23 @@ def test_the_readme_loop_prunes_and_its_trace_answers_cost_and_simulate(tmp_path
     assert ptsim.cost(trace).parameters == sum(p.numel() for p in model.parameters())
     projection = ptsim.simulate(trace, "aws-p3-16xlarge", [1, 8])
     assert len(projection) == 2
+
+
+def test_a_summary_says_what_is_left_of_what_there_was():
+    told = PruningSummary(
+        network="Small", epochs=3, penalty_coefficient=0.00123, reconfigurations=2, channels=(46, 23),
+        parameters=(2442, 1221), forward_macs=(100_000, 10_000), layers_removed=("a", "b"),
+    )  # fmt: skip
+    assert str(told) == (
+        "Small after 3 epochs and 2 reconfigurations, λ 0.00123\n"
+        "output channels 46 → 23 (50%)\n"
+        "trainable parameters 2,442 → 1,221 (50%)\n"
+        "multiply–accumulates per image 100,000 → 10,000 (10%)\n"
+        "layers removed: a, b"
+    )
+    begun = msgspec.structs.replace(told, penalty_coefficient=None, layers_removed=())
+    assert str(begun).splitlines()[0].endswith("λ not decided yet")
+    assert "layers removed" not in str(begun)
 
 
 def test_hyperparameters_that_the_loop_tells_hide_nothing_that_costs_depend_on(tmp_path):

@@ -19,6 +19,7 @@ import ptsim
 from ptsim.errors import TrainingError, UsageError
 from ptsim.trace.schema import DeviceUse
 from ptsim.training.checkpoint import Totals
+from ptsim.training.formats import layout_of
 from ptsim.training.measured import Unfinished
 from tests.training.test_other_loops import Clock
 from tests.training.test_own_loop import IMAGE, fresh, images_and_labels, one_thread, sgd  # noqa: F401 # a fixture
@@ -379,6 +380,20 @@ def test_settings_with_which_no_trace_could_be_read_are_refused_before_anything_
     model = fresh()
     with pytest.raises(UsageError, match=problem):
         ptsim.Recorder(model, sgd(model), input_shape=IMAGE, settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("images", "layout"),
+    [
+        (torch.zeros(2, 3, 4, 4), "contiguous"),
+        (torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last), "channels_last"),
+        (torch.zeros(2, 1, 4, 4).to(memory_format=torch.channels_last), "contiguous"),  # one channel lies both ways
+        (torch.zeros(2, 3, 4, 5).transpose(2, 3), "contiguous"),
+        (torch.zeros(2, 3), "contiguous"),
+    ],
+)
+def test_the_layout_of_images_is_channels_last_where_they_lie_so_and_not_otherwise(images, layout):
+    assert layout_of(images) == layout
 
 
 def test_a_network_that_is_moved_after_its_recorder_was_made_is_named():
