@@ -374,8 +374,8 @@ class Watch:
                 leaf.register_hook(begins)  # type: ignore[no-untyped-call] # torch's gap
 
     def _is_validation(self, module: nn.Module) -> bool:
-        """Whether a pass without gradients is one: between two steps, in evaluation mode."""
-        between = self._phase is None and self.num_steps > 0 and self.num_images == self._images_before
+        """Whether a pass without gradients is one: between two steps, or before the first, in evaluation mode."""
+        between = self._phase is None and self.num_images == self._images_before
         return between and not (self._paused or module.training)
 
     def _judged(self, module: nn.Module) -> None:

@@ -173,6 +173,30 @@ def test_validation_between_two_steps_is_no_part_of_the_training_time(monkeypatc
     assert epoch.step.p90_s <= 3.375
 
 
+def test_validation_before_the_first_step_is_no_part_of_the_training_time(monkeypatch):
+    """As loops do that validate every so many iterations, the first one included."""
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    model = fresh()
+    model.register_forward_hook(lambda *_: clock.passes(1.0))
+    model.fc.weight.register_hook(lambda _: clock.passes(2.0))
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    for i, (images, labels) in enumerate(recorder.data(images_and_labels(3, 8))):
+        if i % 2 == 0:
+            model.eval()
+            with torch.no_grad():
+                model(images)
+            model.train()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    epoch = recorder.end_epoch()
+    assert (epoch.time.wall_s, epoch.time.validation_s) == (3 * 3.0, 2 * 1.0)
+    assert (epoch.step.p10_s, epoch.step.p90_s) == (3.0, 3.0)
+    assert (epoch.num_images, epoch.num_iterations) == (24, 3)
+
+
 class CastsInside(nn.Module):
     """As Accelerate does: autocast begins within the network's call."""
 
