@@ -197,6 +197,47 @@ def test_validation_before_the_first_step_is_no_part_of_the_training_time(monkey
     assert (epoch.num_images, epoch.num_iterations) == (24, 3)
 
 
+def test_the_rate_of_an_epoch_is_that_of_its_first_update_and_its_mini_batch_is_known_until_the_next():
+    """As with a schedule that goes on at every update; two passes of 8 images each."""
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    for rates in ((0.25, 0.5), (0.125, 0.0625)):
+        for rate in rates:
+            optimizer.param_groups[0]["lr"] = rate
+            accumulate(model, optimizer, images_and_labels(2, 8), (2,))
+        assert recorder.end_epoch().learning_rate == rates[0]
+        assert recorder.batch_per_gpu == 16
+
+
+def test_what_lies_between_backward_penalty_and_update_is_the_updates(monkeypatch):
+    """Half a second of unscaling, a quarter of penalty, an eighth of clipping, and the update: 1 s."""
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    model = fresh()
+
+    class Slow(torch.optim.SGD):
+        def step(self, closure=None):
+            clock.passes(1.0)
+            return super().step(closure)
+
+    optimizer = Slow(model.parameters(), lr=0.05)
+    pruner = made(model, optimizer, interval=9)
+    add_gradient = pruner.criterion.add_gradient
+    monkeypatch.setattr(pruner.criterion, "add_gradient", lambda by: (clock.passes(0.25), add_gradient(by)))
+    for images, labels in images_and_labels(4, 8):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        clock.passes(0.5)
+        pruner.step(loss)
+        clock.passes(0.125)
+        optimizer.step()
+    parts = pruner.end_epoch().epoch.time
+    assert (parts.regularizer_s, parts.optimizer_s, parts.wall_s) == (4 * 0.25, 4 * 1.625, 4 * 1.875)
+    assert (parts.forward_s, parts.backward_s, parts.data_wait_s) == (0.0, 0.0, 0.0)
+
+
 class CastsInside(nn.Module):
     """As Accelerate does: autocast begins within the network's call."""
 
