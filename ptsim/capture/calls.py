@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
+from ptsim.capture.words import named_values
+
 Changes: TypeAlias = Mapping[tuple[str, str], tuple[Any, Any]]  # module's path, attribute → before and after
 _LATER = (1, 2, 3, 7, 10, 99, 100, 1000, 12_345, 10**6)  # calls
 _SHAPES = ("size", "dim", "numel", "len", "getattr")  # tell nothing of values
+_WITHOUT_GRADIENT = ("detach", "item", "tolist", "numpy")
+_FUNCTIONS = (FunctionType, MethodType, ModuleType)
+_DEEPEST = 3  # of lists and dicts in each other that are looked through
 _OWN = frozenset(vars(nn.Module()))
 
 
@@ -24,8 +31,12 @@ def attributes_restored(model: nn.Module) -> Iterator[Callable[[], Changes]]:
     """Afterwards every module has the attributes that it had, and its buffers their values.
 
     Tracing leaves stand-ins where the code stores values, and runs what the code does with buffers alone. What it
-    gives tells, inside, which attributes have changed so far.
+    gives tells, inside, which attributes have changed so far. Objects of the user's own that modules keep get back what
+    they had, too, and so do lists and dicts of classes and files in which the code remembers tensors.
     """
+    shared = _nested(_tables_of_code(model))
+    own = [{name: value for name, value in vars(part).items() if name not in _OWN} for part in model.modules()]
+    nested = _nested([*_objects(model), *own])
     buffers = [
         (buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_inference()
     ]
@@ -51,12 +62,60 @@ def attributes_restored(model: nn.Module) -> Iterator[Callable[[], Changes]]:
                 with torch.no_grad():
                     buffer.copy_(values)
         for _, table, attributes, containers in before:
-            table.clear()
-            table.update(attributes)
+            _restore(table, attributes)
             for name, content in containers.items():
-                container = attributes[name]
-                container.clear()
-                container.extend(content) if isinstance(content, list) else container.update(content)
+                _restore(attributes[name], content)
+        remembered = (kept for kept in shared if any(isinstance(part, Tensor | fx.Proxy) for part in _parts(kept[0])))
+        for container, content in (*nested, *remembered):
+            _restore(container, content)
+
+
+def _tables_of_code(model: nn.Module) -> list[dict[str, Any]]:
+    """The attributes of the classes of the model's own modules, and what their code names of its files."""
+    kinds = {kind for part in model.modules() for kind in type(part).__mro__}
+    own = [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
+    named = {str(place): value for place, value in enumerate(named_values(model.modules()))}
+    return [named, *(dict(vars(kind)) for kind in own)]
+
+
+def _nested(tables: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
+    """Lists and dicts in tables of attributes, and in each other, with what they hold; so do the tables themselves."""
+    found: dict[int, tuple[Any, Any]] = {}
+    waiting: list[tuple[Any, int]] = [(table, _DEEPEST) for table in tables]
+    while waiting:
+        container, depth = waiting.pop()
+        if id(container) in found or not isinstance(container, dict | list):
+            continue
+        found[id(container)] = container, _content(container)
+        parts = _parts(container) if depth else []
+        waiting += [(part, depth - 1) for part in parts if isinstance(part, dict | list)]
+    return list(found.values())
+
+
+def _content(container: Any) -> Any:
+    return list(container) if isinstance(container, list) else dict(container)
+
+
+def _restore(container: Any, content: Any) -> None:
+    """Give a list or dict its content back, if it has another one."""
+    same = len(container) == len(content) and all(map(operator.is_, container, content))  # keys, of a dict
+    if same and isinstance(content, dict):
+        same = all(map(operator.is_, container.values(), content.values()))
+    if not same:
+        container.clear()
+        container.extend(content) if isinstance(content, list) else container.update(content)
+
+
+def _objects(model: nn.Module) -> list[dict[str, Any]]:
+    """The attributes of plain objects of the user's own classes, such as one that collects what hooks are given."""
+    found = {
+        id(value): vars(value)
+        for module in model.modules()
+        for value in vars(module).values()
+        if hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor, *_FUNCTIONS))
+        if type(value).__module__.partition(".")[0] not in ("torch", "builtins", "collections", "functools")
+    }
+    return list(found.values())
 
 
 def _copied(value: Any) -> Any:
@@ -92,6 +151,34 @@ def later_calls(changes: Changes) -> Iterator[dict[tuple[str, str], Any]]:
     counts = any(_number(a) and _number(b) for before, after in found.values() for a, b in _pairs(before, after))
     for calls in _LATER if counts else _LATER[:1] if found else ():
         yield {place: _after(before, after, calls) for place, (before, after) in found.items()}
+
+
+def left_behind(changes: Changes) -> set[fx.Node]:
+    """The nodes of what the code has left in attributes, in lists and dicts too, if a gradient goes back from it."""
+    found = set[fx.Node]()
+    waiting = [after for _, after in changes.values()]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list | tuple):
+            waiting += _parts(value)
+        elif isinstance(value, fx.Proxy) and not isinstance(value, fx.proxy.Attribute) and _teaches(value.node):
+            found.add(value.node)
+    return found
+
+
+def _teaches(node: fx.Node) -> bool:
+    """True if a gradient goes from a value back to a layer or parameter."""
+    waiting, seen = [node], set[fx.Node]()
+    while waiting:
+        at = waiting.pop()
+        name = at.target if isinstance(at.target, str) else getattr(at.target, "__name__", "")
+        if at in seen or at.meta.get("grad") is False or name in (*_SHAPES, *_WITHOUT_GRADIENT):
+            continue
+        if at.op in ("call_module", "get_attr"):
+            return True
+        seen.add(at)
+        waiting += at.all_input_nodes
+    return False
 
 
 def _after(before: Any, after: Any, calls: int) -> Any:

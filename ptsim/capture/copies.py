@@ -12,27 +12,36 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ptsim.capture.closures import FunctionTwins
 
 _HOME = "_ptsim_device"  # attribute of a hollow copy: where the original is
+_PRUNINGS = "_ptsim_"  # how the attributes begin that pruning keeps on modules
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy of any model, also of one that keeps computed tensors, or closures around its modules."""
+    """A deep copy of any model, also of one that keeps computed tensors, or closures around its modules.
+
+    Parts that `torch.compile` has wrapped run as they were written.
+    """
     known = computed_tensors(model) | tabled_tensors(model) | generators(model) | (memo or {})
+    compilers = [vars(part)["dynamo_ctx"] for part in model.modules() if "dynamo_ctx" in vars(part)]
+    known |= {id(compiler): compiler for compiler in compilers}
     functions = FunctionTwins(model, known)
     twin = copy.deepcopy(model, known)
     functions.fill()
+    for part in twin.modules():
+        if "dynamo_ctx" in vars(part):
+            vars(part)["forward"] = part._modules["_orig_mod"]
     return twin
 
 
 def tabled_tensors(model: nn.Module) -> dict[int, Any]:
-    """A memo for `deepcopy`: tensors in tables that modules keep as attributes are shared by the copy.
+    """A memo for `deepcopy`: tensors in the tables that pruning keeps on modules are shared by the copy.
 
-    Pruning notes there where the elements of a cut buffer came from; it makes new tensors and changes none.
+    They say where the elements of a cut buffer came from; pruning makes new ones and changes none.
     """
     return {
         id(value): value
         for module in model.modules()
         for name, table in vars(module).items()
-        if isinstance(table, dict) and name not in ("_parameters", "_buffers", "_modules")
+        if name.startswith(_PRUNINGS) and isinstance(table, dict)
         for value in table.values()
         if isinstance(value, Tensor)
     }
@@ -54,18 +63,22 @@ def generators(model: nn.Module) -> dict[int, Any]:
 
 
 def computed_tensors(model: nn.Module) -> dict[int, Any]:
-    """A memo for `deepcopy`: the values, without their history, of tensors in attributes and lists of modules.
+    """A memo for `deepcopy`: the values, without their history, of tensors in attributes, lists and dicts of modules.
 
     Older normalisations of weights (`torch.nn.utils.weight_norm`, `spectral_norm`) and masks (`torch.nn.utils.prune`)
     compute a layer's weight before every call and leave it there; torch does not copy such a tensor, nor any real one
-    into a network of fake ones. The copy computes its own when it is called.
+    into a network of fake ones. The copy computes its own when it is called. Parameters and buffers of the model that
+    stand there as well are left to `deepcopy`, so that they are the copy's own, once.
     """
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     return {
         id(value): value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
         for module in model.modules()
-        for kept in vars(module).values()
-        for value in (kept if type(kept) in (list, tuple) else (kept,))
-        if isinstance(value, Tensor) and (value is kept or not value.is_leaf)
+        for name, kept in vars(module).items()
+        if not name.startswith(_PRUNINGS)
+        for value in (kept if type(kept) in (list, tuple) else kept.values() if isinstance(kept, dict) else (kept,))
+        if isinstance(value, Tensor) and id(value) not in own
+        if not (value.is_leaf and type(kept) in (list, tuple))
     }
 
 

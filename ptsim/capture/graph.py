@@ -30,6 +30,7 @@ from ptsim.capture.gradients import refusing_unseen_gradients
 from ptsim.capture.looking import let_hooks_look
 from ptsim.capture.standins import NOT_THE_CODE
 from ptsim.capture.tracers import ShapedTracer, Tracer
+from ptsim.capture.words import named_values
 from ptsim.errors import UnsupportedModelError, lacks_memory, on_one_line
 
 _ASKS = "the code asks what kind of thing a value is"
@@ -141,7 +142,12 @@ def _exported(
     try:
         assert images_shape is not None, "else there is nothing to export for"
         assert Way.EXPORT in ways, "else it is left out"
-        with _disable_current_modes(), attributes_restored(model), torch.set_grad_enabled(model.training):
+        with (
+            _disable_current_modes(),
+            attributes_restored(model),
+            torch.set_grad_enabled(model.training),
+            _nothing_remembered(model),
+        ):
             twin = hollow_copy(model, str(device_of(model)))
             let_hooks_look(twin)
             with refusing_unseen_gradients() if gradients else contextlib.nullcontext():
@@ -152,12 +158,33 @@ def _exported(
         if lacks_memory(error):
             raise
         last, name = last or error, type(model).__name__
+        if "not installed as a submodule" in str(last):
+            raise UnsupportedModelError(
+                f"{name} calls a layer that is no part of it, so that no optimizer trains it{_place(last)}",
+                hint="keep layers in nn.ModuleList or nn.ModuleDict, not in a plain list or dict",
+            ) from last
         raise UnsupportedModelError(
             f"torch.fx cannot trace {name}: {_one_line(last)}{_place(last)}; nor can torch.export",
             hint="tracing needs a forward without branches on tensor values",
         ) from last
     module.meta["traced_by"], module.meta["way"], module.meta["changes"] = "torch.export", Way.EXPORT, {}
     return module
+
+
+@contextlib.contextmanager
+def _nothing_remembered(model: nn.Module) -> Iterator[None]:
+    """Functions of the model's code that remember what they gave (`functools.cache`) forget it, before and afterwards.
+
+    What they make inside is no real tensor.
+    """
+    clear = [value.cache_clear for value in named_values(model.modules()) if hasattr(value, "cache_clear")]
+    for forget in clear:
+        forget()
+    try:
+        yield
+    finally:
+        for forget in clear:
+            forget()
 
 
 def by_export(graph: fx.GraphModule) -> bool:

@@ -30,7 +30,12 @@ def let_hooks_look(twin: nn.Module) -> None:
 def _looking(hook: Any) -> Any:
     def call(module: nn.Module, *given: Any) -> Any:
         try:
-            changed = _on_values(hook, module, pytree.tree_map_only(Tensor, random_values, given))
+            with (
+                _disable_current_modes(),
+                torch._C.DisableTorchFunction(),
+            ):  # else a graph would show how they are drawn
+                values = pytree.tree_map_only(Tensor, random_values, given)
+            changed = _on_values(hook, module, values)
         except Exception as error:  # the hook's own code runs here
             if lacks_memory(error):
                 raise

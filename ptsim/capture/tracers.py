@@ -21,6 +21,7 @@ from ptsim.capture.gradients import hooked_gradient, mark, traced_functions, wit
 from ptsim.capture.looking import hooks_shown_values, random_values
 from ptsim.capture.standins import ShapedStandIn, StandIn
 from ptsim.capture.words import calls_of
+from ptsim.errors import UnsupportedModelError
 
 _FACTORIES = (  # functions of torch
     *("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "randperm"),
@@ -59,6 +60,12 @@ def _functions_traced() -> Iterator[None]:
         if isinstance(value, fx.Proxy) and module._buffers.get(name) is not None:
             tracer: Any = value.tracer
             module._buffers[name] = tracer.into_buffer(module, name, value)
+        elif isinstance(value, fx.Proxy) and module._parameters.get(name) is not None:
+            raise UnsupportedModelError(
+                f"the code of {type(module).__name__} puts another tensor in the place of its parameter {name} at "
+                "every call, so that no optimizer trains it",
+                hint="keep what is computed from the parameter in a variable, or under another name",
+            )
         else:
             assign(module, name, value)
 
@@ -192,10 +199,13 @@ class Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Trace into it or make it a node; its hooks on gradients are noted beside what they see.
 
-        A DataParallel only calls the network inside: on several devices it is refused elsewhere.
+        A DataParallel only calls the network inside: on several devices it is refused elsewhere. So does what
+        `torch.compile` puts around a part.
         """
-        if isinstance(m, nn.DataParallel) and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks):
-            return m.module(*args, **kwargs)
+        inside = m._modules.get("_orig_mod" if "dynamo_ctx" in vars(m) else "module")
+        around = isinstance(m, nn.DataParallel) or "dynamo_ctx" in vars(m)
+        if around and inside is not None and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks):
+            return inside(*args, **kwargs)
         if self.is_leaf_module(m, self.path_of_module(m)):
             return super().call_module(m, forward, args, kwargs)
         hooked = m._backward_hooks or m._backward_pre_hooks

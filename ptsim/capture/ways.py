@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
 
-from ptsim.capture.calls import Changes, attributes_restored, later_calls
+from ptsim.capture.calls import Changes, attributes_restored, later_calls, left_behind
 from ptsim.capture.chance import chance_of, random_state_kept, seed_all
 from ptsim.capture.gradients import MARKS
 from ptsim.capture.graph import evaluation_mode, symbolic_graph
@@ -95,8 +95,11 @@ def _refuse_other_calls(
     generators = chance_of(model).generators
     for attributes in later_calls(changes):
         with attributes_restored(model):
+            shared: dict[int, Any] = {}  # modules may keep one list or dict together
             for (path, name), value in attributes.items():
-                vars(model.get_submodule(path))[name] = value
+                table = vars(model.get_submodule(path))
+                held = table.get(name)
+                table[name] = shared.setdefault(id(held), value) if isinstance(held, dict | list) else value
             seed_all(seed, generators)
             try:
                 later = way_of(symbolic_graph(model, images_shape, **{**how, "ways": (graph.meta["way"],)}))
@@ -115,11 +118,18 @@ def _refuse_other_calls(
             )
 
 
-def unused_nodes(graph: fx.GraphModule) -> list[fx.Node]:
-    """What is computed and never used, from the last to the first: numbers that the code prints or keeps."""
+def unused_nodes(graph: fx.GraphModule, kept: Collection[fx.Node] = ()) -> list[fx.Node]:
+    """What is computed and never used, from the last to the first: numbers that the code prints or keeps.
+
+    But for the nodes `kept`, and what they are computed from.
+    """
     unused: dict[fx.Node, None] = {}
     for node in reversed(graph.graph.nodes):
-        if node.op in ("call_function", "call_method") and all(user in unused for user in node.users):
+        if (
+            node.op in ("call_function", "call_method")
+            and node not in kept
+            and all(user in unused for user in node.users)
+        ):
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
             place = str(getattr(node.target, "__module__", None) or "torch")
             package = "" if place.startswith("torch._functorch") else place.partition(".")[0]  # vmap opens and closes
@@ -128,6 +138,12 @@ def unused_nodes(graph: fx.GraphModule) -> list[fx.Node]:
             if not acts and package in _WITHOUT_EFFECTS and node.name not in graph.meta["looked"]:
                 unused[node] = None
     return [node for node in unused if node.target not in MARKS]
+
+
+def left_for_the_loop(graph: fx.GraphModule) -> list[fx.Node]:
+    """What the code leaves in attributes and does not use itself: a second output, for a loss in the loop to read."""
+    left, unused = left_behind(graph.meta["changes"]), set(unused_nodes(graph))
+    return [node for node in graph.graph.nodes if node in left and all(user in unused for user in node.users)]
 
 
 def read_alone(graph: fx.GraphModule) -> list[fx.Node]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -17,11 +17,11 @@ from torch import Tensor, fx, nn
 from ptsim.capture.calls import Changes, attributes_restored
 from ptsim.capture.constants import constants_of
 from ptsim.capture.copies import hollow_copy
-from ptsim.capture.graph import Way, example_input
+from ptsim.capture.graph import Way, example_input, output_tensors
 from ptsim.capture.tracers import kept_shape, plain_arguments
-from ptsim.capture.ways import READING, each_way, unused_nodes
+from ptsim.capture.ways import READING, each_way, left_for_the_loop, unused_nodes
 from ptsim.capture.words import words_of
-from ptsim.errors import UnsupportedModelError
+from ptsim.errors import UnsupportedModelError, lacks_memory
 from ptsim.prune import (  # noqa: F401 - they register their rules
     function_rules,
     gradient_rules,
@@ -100,6 +100,11 @@ class Propagation(fx.Interpreter):
             labels = self.labels[n]
             self.state.moves[self.mode, n.name] = () if isinstance(labels, Facets) else tuple(tensor_labels(labels))
         return value
+
+    def keep(self, left: Iterable[fx.Node]) -> None:
+        """What nodes give that the code leaves in attributes stays as it is."""
+        for label in (part for node in left for part in tensor_labels(self.labels[node])):
+            self.state.freeze(label, "the code leaves it in an attribute, where a loss may read it")
 
     def _rule_of(self, node: fx.Node) -> Rule | None:
         if node.op == "call_module":
@@ -329,6 +334,23 @@ def _hooks_around(model: nn.Module, images: Tensor, output: Any, state: State) -
         state.note(seen.touched, seen.foreign, type(model).__name__)
 
 
+def _refuse_collected(model: nn.Module, images: Tensor, output: Any) -> None:
+    """Raise an error if the code returns more than the graph gives: what hooks of layers have collected, perhaps."""
+    if not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
+        return
+    try:
+        returned = [*output_tensors(model(images))]
+    except Exception as error:  # a hook may look at values, which are not there
+        if lacks_memory(error):
+            raise
+        return
+    if len(returned) > len([*output_tensors(output)]):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} returns what hooks of its layers have collected, which torch.fx does not see",
+            hint="let the forward method return what the layers give",
+        )
+
+
 def _refuse_read(model: nn.Module, changes: Changes) -> None:
     """Raise an error if a hook has left a tensor in an attribute that the code reads."""
     for (path, name), (_, value) in changes.items():
@@ -360,7 +382,8 @@ def _followed(
     how = {"buffers": True, "ways": tuple(Way) if wider is None else (wider.meta["way"],)}
 
     def tell(graph: fx.GraphModule, number: int) -> tuple[int, ...] | None:
-        for node in unused_nodes(graph):
+        left = left_for_the_loop(graph)
+        for node in unused_nodes(graph, left):
             graph.graph.erase_node(node)
         graph.recompile()
         graphs[number] = graph
@@ -370,9 +393,12 @@ def _followed(
             graph.train(mode == "train")
             name = f"{mode} {number}" if number else mode
             with torch.no_grad(), attributes_restored(model) as changes:
-                output = Propagation(graph, state, name, images.device).run(images)
+                propagation = Propagation(graph, state, name, images.device)
+                output = propagation.run(images)
+                propagation.keep(left)
                 _hooks_around(model, images, output, state)
                 _refuse_read(model, changes())
+                _refuse_collected(model, images, output)
         return state.learnt() if graph.meta["draws"] and wider is None else None
 
     seeds = None if wider is None else wider.meta["seeds"]

@@ -1,9 +1,11 @@
 """Networks that torch.fx cannot trace are traced by torch.export, and are the same networks."""
 
+import functools
 import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ptsim
@@ -160,3 +162,25 @@ def test_channels_that_a_mapped_function_takes_stay_or_the_network_is_refused() 
     groups = find_groups(Mapped(), IMAGE)
     assert not groups.prunable.any()
     assert any("has no rule" in reason for reason in groups.reasons)
+
+
+@functools.cache
+def blur(size: int, device: torch.device) -> Tensor:
+    return torch.ones(1, 1, size, size, device=device) / size**2
+
+
+class Blurred(Plain):
+    """A function of the file makes the filter at its first call, and remembers it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(x, Tensor)
+        return super().forward(F.conv2d(x, blur(3, x.device).expand(3, 1, 3, 3), padding=1, groups=3))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is traced by torch.export")
+def test_what_functions_remember_is_real_after_a_look() -> None:
+    model = Blurred()
+    assert find_groups(model, IMAGE).graph.meta["traced_by"] == "torch.export"
+    assert type(blur(3, torch.device("cpu"))) is Tensor
+    assert type(model(torch.rand(1, *IMAGE))) is Tensor

@@ -251,3 +251,30 @@ def test_channels_that_turn_a_condition_over_are_kept_by_inspection_and_reconfig
     zeroed = copy.deepcopy(model)
     reconfigure(model, groups)
     same_function(model, zeroed, IMAGE)
+
+
+def test_a_copy_has_parameters_and_buffers_of_its_own_wherever_they_stand() -> None:
+    model: Any = Sloped(persistent=True)
+    model.table = {"weight": model.a.weight, "slope": model.one.slope}
+    vars(model)["tied"] = model.b.weight
+    model.computed = {"twice": model.a.weight * 2}
+    twin: Any = copied(model)
+    assert twin.table["weight"] is twin.a.weight
+    assert twin.table["slope"] is twin.one.slope
+    assert twin.tied is twin.b.weight
+    assert all(isinstance(weight, nn.Parameter) for weight in (twin.a.weight, twin.b.weight))
+    with torch.no_grad():
+        for tensor in (*twin.parameters(), *twin.buffers(), twin.computed["twice"]):
+            tensor.fill_(7)
+    mine = [*model.parameters(), *model.buffers(), model.computed["twice"]]
+    assert not any(bool((tensor == 7).all()) for tensor in mine)
+
+
+def test_inspection_leaves_a_network_as_it_is_that_keeps_its_weights_in_a_dict_too() -> None:
+    torch.manual_seed(0)
+    model: Any = Sloped()
+    model.table = {"weight": model.a.weight}
+    before = copy.deepcopy(model.state_dict())
+    assert ptsim.inspect(model, input_shape=IMAGE).exact
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.a.weight.dtype == torch.float32

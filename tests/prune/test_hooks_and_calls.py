@@ -9,13 +9,14 @@ import functools
 import io
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ptsim.capture.calls import attributes_restored
 from ptsim.capture.network import capture_network
 from ptsim.errors import UnsupportedModelError
 from ptsim.prune.cut import take
@@ -381,3 +382,47 @@ def test_looking_at_a_network_leaves_its_counters_as_they_are() -> None:
     find_groups(model, (3, 8, 8))
     capture_network(model, name="counted", input_shape=(3, 8, 8), num_classes=4)
     assert (model.calls, int(model.seen)) == (0, 0)
+
+
+class Notes:
+    """An object of a user's own."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, dict[int, Any]] = {"cpu": {}}
+        self.last: Any = None
+
+
+def test_what_code_leaves_in_objects_and_nested_dicts_is_gone_after_a_look() -> None:
+    model: Any = Net()
+    model.notes, model.found = Notes(), {"a": [[1]]}
+    seen, inner = model.notes.seen, model.notes.seen["cpu"]
+    with attributes_restored(model):
+        model.notes.last, model.notes.more = 1, 2
+        seen["cpu"][3], seen["meta"], model.found["a"][0][0] = 4, {}, 5
+    assert (model.notes.last, hasattr(model.notes, "more"), model.found) == (None, False, {"a": [[1]]})
+    assert (model.notes.seen is seen, seen, seen["cpu"] is inner) == (True, {"cpu": {}}, True)
+
+
+REMEMBERED: dict[str, Any] = {}
+
+
+def ramp(model: Any, x: Tensor, store: dict[str, Any]) -> Tensor:
+    if "ramp" not in store:
+        store["ramp"] = torch.linspace(0, 1, 6, device=x.device, dtype=x.dtype)
+    return x + store["ramp"]
+
+
+@pytest.mark.parametrize("where", ["file", "class"])
+def test_tensors_that_code_remembers_for_all_networks_are_real_after_a_look(where: str) -> None:
+    class Remembering(Net):
+        known: ClassVar[dict[str, Any]] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(ramp(self, x, REMEMBERED if where == "file" else self.known))
+
+    model = Remembering().double()
+    assert find_groups(model, IMAGE).num_channels == find_groups(Net(), IMAGE).num_channels
+    assert not REMEMBERED
+    assert not Remembering.known
+    assert type(model(torch.rand(2, *IMAGE, dtype=torch.float64))) is Tensor
+    REMEMBERED.clear()

@@ -436,3 +436,64 @@ def test_a_branch_goes_alone_also_where_functions_have_the_names_of_its_layers()
     assert surgery.layers_removed == ("conv2d_1", "conv2d_2")
     assert [tuple(w.shape[:2]) for w in (model.first, model.second, model.third)] == [(8, 3), (8, 8), (8, 8)]
     assert torch.allclose(model(images), expected)
+
+
+class Leaving(Net):
+    """Leaves something in an attribute, and computes nothing with it."""
+
+    def __init__(self, leave: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__(lambda x: x)
+        self.aux, self.leave, self.left = nn.Linear(8, 4), leave, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        self.left = self.leave(self, x)
+        return self.head(self.b(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("leave", "expected"),
+    [
+        (lambda net, x: net.aux(x.mean((2, 3))), {"a": 8, "aux": 0}),  # further classes
+        (lambda net, x: [{"more": torch.sigmoid(net.aux(x.mean((2, 3))))}], {"a": 8, "aux": 0}),
+        (lambda net, x: x.abs().mean(), {"a": 0}),  # over all channels
+        (lambda net, x: x.detach().abs().mean(), {"a": 8}),
+        (lambda net, x: x.shape, {"a": 8}),
+        (lambda net, x: x, {"a": 8}),  # what the code itself goes on with
+    ],
+)
+def test_what_the_code_leaves_for_a_loss_to_read_stays(leave: Any, expected: dict[str, int]) -> None:
+    assert prunable(Leaving(leave)) == expected | {"b": 6, "head": 0}
+
+
+class Store:
+    """Where hooks of layers put what these give, until the network takes it, as timm's FeatureHooks."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+
+    def put(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.found["b"] = output
+
+    def taken(self) -> list[Tensor]:
+        found, self.found = self.found, {}
+        return list(found.values())
+
+
+class Collecting(Net):
+    """Returns what a hook has collected, and perhaps the classes."""
+
+    def __init__(self, classes: bool) -> None:
+        super().__init__(lambda x: x)
+        self.classes, self.store = classes, Store()
+        self.b.register_forward_hook(self.store.put)
+
+    def forward(self, x: Tensor) -> Any:
+        x = super().forward(x)
+        return [*self.store.taken(), x] if self.classes else self.store.taken()
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_what_hooks_collect_for_the_output_is_refused(classes: bool) -> None:
+    with pytest.raises(UnsupportedModelError, match="Collecting returns what hooks of its layers have collected"):
+        find_groups(Collecting(classes), IMAGE)

@@ -695,12 +695,37 @@ class Branchy(nn.Module):
         return -x
 
 
+class Renewing(Paired):
+    """Makes a new parameter at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shares = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override] # another network
+        self.shares = nn.Parameter(torch.sigmoid(self.shares))
+        return self.head((self.a(x) * self.shares).mean((2, 3)))
+
+
+class Unregistered(Branchy):
+    """Keeps a layer in a plain list, and looks at values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Conv2d(3, 3, 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.layers[0](x))
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten()), "lazy layers"),
         (Branchy, r"torch\.fx cannot trace Branchy"),
         (Paired, r"Paired fails on an image of 3×8×8: .*missing 1 required positional argument: 'y'"),
+        (Renewing, "the code of Renewing puts another tensor in the place of its parameter shares at every call"),
+        (Unregistered, r"Unregistered calls a layer that is no part of it, so that no optimizer trains it \(test_user"),
     ],
 )
 def test_what_cannot_be_inspected_is_one_sentence(model: Callable[[], nn.Module], words: str) -> None:
