@@ -14,7 +14,7 @@ from ptsim.errors import UsageError
 from ptsim.units import format_count
 
 if TYPE_CHECKING:
-    from ptsim.prune.proof import Inspection
+    from ptsim.prune.proof import GroupReport, Inspection
 
 
 def inspect(
@@ -46,6 +46,16 @@ def inspect(
     return 0 if found.exact or not found.channels_removed else 1
 
 
+def _answer(group: GroupReport) -> str:
+    """Whether its channels can be pruned; how, where not one by one, or why not."""
+    if not group.prunable:
+        return f"no: {group.reason}"
+    more = "…" if len(group.evenly) > 2 else ""
+    how = [f"in {group.sets} sets"] if group.sets < group.width else []
+    how += [f"as many from every group of {', '.join(group.evenly[:2])}{more}"] if group.evenly else []
+    return ", ".join(["yes", *how])
+
+
 def _show(found: Inspection) -> None:
     console = stdout_console()
     table = Table(title=f"{found.model}: channel groups at {'×'.join(map(str, found.input_shape))}")
@@ -55,7 +65,7 @@ def _show(found: Inspection) -> None:
         members = ", ".join(group.members[:4]) + (
             f" and {len(group.members) - 4} more" if len(group.members) > 4 else ""
         )
-        table.add_row(group.name, str(group.width), members, "yes" if group.prunable else f"no: {group.reason}")
+        table.add_row(group.name, str(group.width), members, _answer(group))
     console.print(table)
     counts = f"{found.prunable_channels} channels can be pruned, {found.refused_channels} cannot."
     if not found.channels_removed:

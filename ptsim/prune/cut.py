@@ -6,16 +6,18 @@ the optimizer's state. Parameters become new `nn.Parameter`s; the optimizer's gr
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ptsim.capture.graph import evaluation_mode
+from ptsim.capture.words import words_of
 from ptsim.prune.labels import (
     BATCH_NORMS,
     CONVS,
@@ -25,11 +27,16 @@ from ptsim.prune.labels import (
     AxisKey,
     tensor_names,
 )
-from ptsim.prune.numbers import Values, set_numbers
+from ptsim.prune.numbers import Attribute, Values, set_numbers
 
 ORIGINS = "_ptsim_origins"  # attribute of a module: where the elements of a buffer that no state dict holds came from
 _OWN = frozenset(vars(nn.Module()))
 _DEEPEST = 4  # of lists in lists that are looked through
+_LAYERS = (*CONVS, *TRANSPOSED_CONVS, nn.Linear, *BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm)
+_COUNTS = {  # the names of what they keep
+    "in_channels", "out_channels", "in_features", "out_features", "num_features", "num_channels", "groups",
+    "num_groups",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +74,8 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
     layers = [(module, names.get(id(filters_of(module)), "")) for module in model.modules()]
     successors: dict[int, nn.Parameter] = {}
     buffers: dict[int, Tensor] = {}  # one that has two names stays one
+    held = [*model.buffers()]  # until the end: another tensor could get the id of one that is gone
+    followed = _named_alike(model)
     replacements = []
     touched: set[int] = set()
     for module, _ in layers:
@@ -97,27 +106,83 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
         kept = tensors.get(f"{path}.{WIDTH}")
         if kept is not None:
             set_width(module, len(kept[0]))
-    set_numbers(model, cut.numbers)
-    follow_lists(model, successors)
+    set_numbers(model, _numbers_left(followed) | dict(cut.numbers))
+    follow_lists(model, successors | buffers)
+    del held
     return replacements
 
 
-def follow_lists(model: nn.Module, successors: Mapping[int, nn.Parameter]) -> None:
-    """Put the successors of parameters, by id, in their places in lists, tuples and dicts that modules keep, too."""
+_Alike: TypeAlias = "list[tuple[Attribute, int, Sequence[nn.Module]]]"
+
+
+def _named_alike(model: nn.Module) -> _Alike:
+    """Numbers that a module of the model's own keeps under the name that its layers have for theirs, and those layers.
+
+    No `forward` names them, but methods that are called after training may: RepVGG's `switch_to_deploy` makes a kernel
+    for its `in_channels`.
+    """
+    kept = [
+        (path, module, name)
+        for path, module in model.named_modules()
+        if not isinstance(module, _LAYERS)
+        for name in vars(module).keys() & _COUNTS
+        if type(vars(module)[name]) is int
+    ]
+    read = frozenset[str]().union(*map(words_of, model.modules())) if kept else frozenset[str]()
+    found: _Alike = []
+    for path, module, name in kept:
+        number = vars(module)[name]
+        layers = [part for part in module.modules() if isinstance(part, _LAYERS) and getattr(part, name, 0) == number]
+        if name not in read and layers:
+            found.append((Attribute(path, name), number, layers))
+    return found
+
+
+def _numbers_left(followed: _Alike) -> dict[Attribute, int]:
+    """What those numbers are once the layers are cut, where these agree."""
+    found = {}
+    for attribute, before, layers in followed:
+        left = {getattr(layer, attribute.name) for layer in layers}
+        if len(left) == 1 and before not in left:
+            found[attribute] = left.pop()
+    return found
+
+
+def follow_lists(model: nn.Module, successors: Mapping[int, Tensor]) -> None:
+    """Put the successors of parameters and buffers, by id, in their places in lists, tuples and dicts of modules, too.
+
+    A list in which something changes becomes another list; modules that share one go on sharing it.
+    """
+    known: dict[int, Any] = {}
 
     def renewed(value: Any, depth: int) -> Any:
-        if type(value) in (list, tuple) and depth:
-            parts = [renewed(part, depth - 1) for part in value]
-            return value if all(a is b for a, b in zip(parts, value, strict=True)) else type(value)(parts)
-        if type(value) is dict and depth:
-            found = {key: renewed(part, depth - 1) for key, part in value.items()}
-            return value if all(found[key] is value[key] for key in value) else found
-        return successors.get(id(value), value)
+        if not depth or not isinstance(value, (list, tuple, dict)):
+            return successors.get(id(value), value)
+        if id(value) not in known:
+            known[id(value)] = value  # for one that holds itself
+            known[id(value)] = _with_parts(value, lambda part: renewed(part, depth - 1))
+        return known[id(value)]
 
     for module in model.modules() if successors else ():
         for name, value in list(vars(module).items()):
             if name not in _OWN:
                 vars(module)[name] = renewed(value, _DEEPEST)
+
+
+def _with_parts(value: Any, renewed: Callable[[Any], Any]) -> Any:
+    """A list, tuple or dict of the same kind with other parts; it itself if they are the same."""
+    old = list(value.values()) if isinstance(value, dict) else list(value)
+    parts = [renewed(part) for part in old]
+    if all(a is b for a, b in zip(parts, old, strict=True)):
+        return value
+    if isinstance(value, tuple):
+        return type(value)._make(parts) if hasattr(value, "_make") else type(value)(parts)
+    other = copy.copy(value)
+    if isinstance(value, dict):
+        other.update(zip(value, parts, strict=True))
+    else:
+        other[:] = parts
+    return other
 
 
 def narrowed(parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> nn.Parameter:

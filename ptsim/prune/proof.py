@@ -37,13 +37,19 @@ SMALL_SIDES = (64, 96, 128)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupReport:
-    """One edge of the network: who writes and reads its channels, and whether they can be removed."""
+    """One edge of the network: who writes and reads its channels, and whether they can be removed.
+
+    `sets` are what its channels go in: those of one set only together. `evenly` are the grouped convolutions that lose
+    as many of them from every group.
+    """
 
     name: str
     width: int
     members: tuple[str, ...]
     prunable: bool
     reason: str | None
+    sets: int
+    evenly: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,8 +152,21 @@ class WithoutRandomness(TorchFunctionMode):
 
 
 def _group_reports(groups: ChannelGroups) -> tuple[GroupReport, ...]:
+    grouped = [
+        (layer.layer, {*layer.inputs.tolist(), *layer.outputs.tolist()})
+        for layer in groups.layers
+        if layer.groups > 1 and not layer.depthwise
+    ]
     return tuple(
-        GroupReport(name=e.name, width=e.width, members=e.members, prunable=e.prunable, reason=e.reason)
+        GroupReport(
+            name=e.name,
+            width=e.width,
+            members=e.members,
+            prunable=e.prunable,
+            reason=e.reason,
+            sets=len(e.components),
+            evenly=tuple(layer for layer, components in grouped if not components.isdisjoint(e.components)),
+        )
         for e in groups.edges()
     )
 

@@ -24,7 +24,7 @@ from ptsim.prune.groups import ChannelGroups, component_maxima, find_groups, lab
 from ptsim.prune.labels import BATCH_NORMS
 from ptsim.prune.propagate import MODES
 from ptsim.prune.removal import Removal, collapsed_layers, find_removals, remove_branch
-from ptsim.prune.selection import keep_one, round_up
+from ptsim.prune.selection import balanced, keep_one, round_up
 from ptsim.prune.steps import same_calls, same_steps
 
 COLLAPSED = (
@@ -85,7 +85,8 @@ def reconfigure(
     sparse = groups.prunable & (importance < threshold)
     collapsed = collapsed_layers(model, groups, threshold)
     decision = _decide(model, groups, sparse, importance, channel_multiple)
-    plan, after, notes = decision.plan, decision.groups, list(decision.notes)
+    plan, after = decision.plan, decision.groups
+    notes = [*decision.notes, *_held_by_groups(groups, sparse, importance, decision.plan.removed)]
     if collapsed:
         notes.insert(0, COLLAPSED.format(", ".join(collapsed[:3]) + (" and others" if len(collapsed) > 3 else "")))
     if plan.changes:
@@ -108,6 +109,23 @@ def reconfigure(
         groups=after,
         removed=plan.removed,
     )
+
+
+def _held_by_groups(groups: ChannelGroups, sparse: Tensor, importance: Tensor, removed: Tensor) -> list[str]:
+    """A note about sparse channels that stay because all groups of a convolution have to lose as many."""
+    held = sparse & ~removed & ~balanced(groups, sparse, importance)
+    names = [
+        layer.layer
+        for layer in groups.layers
+        if layer.groups > 1 and not layer.depthwise and bool(held[torch.cat([layer.inputs, layer.outputs])].any())
+    ]
+    if not names:
+        return []
+    number, others = int(groups.channel_counts()[held].sum()), " and others" if len(names) > 3 else ""
+    return [
+        f"{number} sparse channels stay, because every group of a convolution has to lose as many as the others: "
+        f"{', '.join(names[:3])}{others}"
+    ]
 
 
 def _gated(bones: nn.Module, groups: ChannelGroups, gates: Sequence[Gate]) -> ChannelGroups | None:

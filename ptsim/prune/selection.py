@@ -34,10 +34,10 @@ def keep_one(
                 best = axis[importance[axis].argmax()]
                 removed[best] = False
                 rescued.append(layer.layer)
-    return _balanced(groups, removed, importance, skip), tuple(rescued)
+    return balanced(groups, removed, importance, skip), tuple(rescued)
 
 
-def _balanced(groups: ChannelGroups, removed: Tensor, importance: Tensor, skip: Collection[str] = ()) -> Tensor:
+def balanced(groups: ChannelGroups, removed: Tensor, importance: Tensor, skip: Collection[str] = ()) -> Tensor:
     """`removed` without what would leave the groups of a grouped convolution unequal.
 
     A group goes as a whole if all its inputs and all its outputs go. Of every other one the same number of inputs goes,
@@ -93,6 +93,6 @@ def round_up(
                         removed[component] = False
                         kept += int((axis == component).sum())
                 changed = True
-        even = _balanced(groups, removed, importance, skip)
+        even = balanced(groups, removed, importance, skip)
         changed, removed = changed or not torch.equal(even, removed), even
     return removed

@@ -135,7 +135,7 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
                     module._buffers[key] = buffer.flatten()[at.to(buffer.device)].clone()
                 buffers[id(buffer)] = module._buffers[key]
                 touched.add(id(module))
-    follow_lists(model, resized)
+    follow_lists(model, resized | buffers)
     for path, module in model.named_modules():
         groups = stored.groups.get(path) if isinstance(module, CONVS) else None
         channels, kernel = shapes.get(f"{path}.weight", ())[:1], shapes.get(f"{path}.weight", ())[2:]

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Never
 import torch
 from torch import Tensor, nn
 
+from ptsim.capture.graph import called_modules
 from ptsim.errors import UsageError
+from ptsim.prune.labels import CONVS, TRANSPOSED_CONVS
 from ptsim.training.watch import learning_rate
 from ptsim.training.wrapping import is_sharded
 
 if TYPE_CHECKING:
+    from ptsim.prune.groups import ChannelGroups
     from ptsim.training.recorder import Recorder
 
 
@@ -71,6 +74,35 @@ def replaced_ones_marked(network: nn.Module) -> Iterator[None]:
         if parameter is not None and id(parameter) not in now and type(parameter) is nn.Parameter:
             parameter.grad = None
             parameter.__class__ = Replaced
+
+
+def warn_of_unseen(network: nn.Module, groups: ChannelGroups) -> None:
+    """Warn of layers that the loop trains although the network's `forward` does not call them.
+
+    What they read is pruned as if they did not. Where random numbers decide what is called, nobody is told.
+    """
+    graphs = groups.graphs.values()
+    if any(graph.meta["draws"] for graph in graphs):
+        return
+    named = dict(network.named_parameters(remove_duplicate=False))
+    nodes = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "get_attr"]
+    seen = {id(named[name]) for name in nodes if name in named}
+    for path in {path for graph in graphs for path in called_modules(graph)}:
+        seen |= {id(parameter) for parameter in network.get_submodule(path).parameters()}
+    unseen = [
+        path
+        for path, module in network.named_modules()
+        if isinstance(module, (*CONVS, *TRANSPOSED_CONVS, nn.Linear))
+        for weight in module.parameters(recurse=False)
+        if weight.ndim > 1 and weight.grad is not None and id(weight) not in seen
+    ]
+    if unseen:
+        warnings.warn(
+            f"the loop trains {', '.join(unseen[:3])}{' and others' if len(unseen) > 3 else ''}, which the forward of "
+            f"{type(network).__name__} does not call: channels that they read may be pruned; let forward return what "
+            "they give, too",
+            stacklevel=3,
+        )
 
 
 class OnlyOne:

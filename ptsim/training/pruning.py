@@ -149,6 +149,7 @@ class PruneTrain(misuse.OnlyOne):
         if num_images is None:
             self.recorder.watch.check_seen()
         if self.penalty_coefficient is None:
+            misuse.warn_of_unseen(self.network, self.groups)
             self.decide_coefficient(loss)
         self.recorder.step(loss, num_images)
         if self.regularized and self.penalty_coefficient:

@@ -30,8 +30,20 @@ _LISTED = re.compile(r"(.+)\[(\d{1,9})\]")
 
 
 def full_state(network: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name, those included that a `state_dict` leaves out."""
-    return dict(network.named_buffers()) | dict(network.state_dict())
+    """All parameters and buffers by name, those included that a `state_dict` leaves out.
+
+    Raises:
+        UsageError: a module keeps an extra state that is no tensor.
+    """
+    state = dict(network.named_buffers()) | dict(network.state_dict())
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                f"{name} in the state of this {type(network).__name__} is a {type(value).__name__}, no tensor, and "
+                "cannot be stored",
+                hint="let get_extra_state give a tensor",
+            )
+    return state
 
 
 def load_full_state(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

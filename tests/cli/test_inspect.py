@@ -55,3 +55,24 @@ def test_wrong_input_is_one_sentence_and_exit_2(
     captured = capsys.readouterr()
     assert message in captured.err
     assert not captured.out
+
+
+def test_channels_that_go_together_or_evenly_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four outputs of a convolution in two groups become one channel of a larger image."""
+    (tmp_path / "user.py").write_text(
+        "from torch import nn\n\ndef shuffled():\n    return nn.Sequential(\n"
+        "        nn.Conv2d(3, 6, 1), nn.Conv2d(6, 16, 1, groups=2), nn.PixelShuffle(2), nn.Conv2d(4, 5, 1),\n"
+        "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2),\n    )\n"
+    )
+    arguments = ["inspect", f"{tmp_path / 'user.py'}:shuffled", "--input", "3,8,8"]
+    assert run([*arguments, "--json"]) == 0
+    groups = json.loads(capsys.readouterr().out)["groups"]
+    found = {group["name"]: (group["width"], group["sets"], group["evenly"]) for group in groups}
+    assert (found["0"], found["1"], found["3"]) == ((6, 6, ["1"]), (16, 4, ["1"]), (5, 5, []))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "yes, as many from every group of 1" in printed
+    assert "yes, in 4 sets, as many from every group of 1" in printed

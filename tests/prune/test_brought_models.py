@@ -318,6 +318,19 @@ def test_the_sparsest_channels_of_a_group_go() -> None:
     assert bool((model.a.weight[0] == 5e-5).all())  # of channels 0 and 1 the second was the smaller
 
 
+def test_sparse_channels_that_stay_so_that_groups_are_equal_are_told() -> None:
+    torch.manual_seed(0)
+    model = Grouped().double()
+    sparse_inputs(model, [0, 1, 4, 8])  # none of the last group
+    sparse_outputs(model, [0])  # nor one of the other groups
+    surgery = reconfigure(model, find_groups(model, IMAGE))
+    told = "5 sparse channels stay, because every group of a convolution has to lose as many as the others: b"
+    assert (surgery.changed, surgery.notes) == (False, (told,))
+    model = Grouped().double()
+    sparse_inputs(model, [0, 4, 8, 9])  # one of every group
+    assert reconfigure(model, find_groups(model, IMAGE)).notes == ()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "channels"), [("resnext50_32x4d", 19_008), ("regnet_x_400mf", 12_848)])
 def test_as_many_channels_as_torch_pruning_finds(name: str, channels: int) -> None:
@@ -386,6 +399,45 @@ def test_weights_in_lists_and_dicts_are_cut_there_too() -> None:
     apply_structure(fresh, structure_of(model))
     fresh.load_state_dict(model.state_dict())
     same_function(fresh, model, IMAGE)
+
+
+class Put(nn.Module):
+    def __init__(self, store: dict[str, Any]) -> None:
+        super().__init__()
+        self.store = store
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.store["seen"] = x
+        return x
+
+
+class Add(Put):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.conv2d(self.store["seen"], self.store["weight"])
+
+
+class Stored(nn.Module):
+    """Parts that keep one dict together: of a weight, and of what the first hands to the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, 1, 1), nn.Linear(6, 4)
+        self.weight = nn.Parameter(torch.randn(6, 8, 1, 1))
+        store: dict[str, Any] = {"weight": self.weight, "seen": None}
+        self.put, self.add = Put(store), Add(store)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.add(torch.relu(self.b(self.put(torch.relu(self.a(x)))))).mean((2, 3)))
+
+
+def test_a_dict_that_parts_of_a_network_share_stays_one() -> None:
+    torch.manual_seed(0)
+    found = ptsim.inspect(Stored(), input_shape=IMAGE)
+    assert (found.exact, found.prunable_channels) == (True, 8 + 6)
+    model = Stored().double()
+    cut_twice(model, IMAGE)
+    assert model.put.store is model.add.store
+    assert model.put.store["weight"] is model.weight
 
 
 # ---------------------------------------------------------------------- rules of others

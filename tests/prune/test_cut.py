@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -146,6 +147,29 @@ def test_what_is_kept_of_every_axis() -> None:
     whole = take(values, {})
     assert torch.equal(whole, values)
     assert whole is not values
+
+
+class Pair(NamedTuple):
+    weight: Tensor
+    place: Tensor
+
+
+def test_what_modules_keep_together_in_lists_and_dicts_stays_together() -> None:
+    model: Any = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(3, 1)})
+    model.a.register_buffer("place", numbered(3))
+    shared = OrderedDict(weight=model.a.weight, last=None)
+    model.a.table = model.b.table = shared
+    model.b.pairs = [Pair(model.a.weight, model.a.place)]
+    model.b.names = names = ["unchanged"]
+    cut_model(model, Cut(kept(a_weight_0=[0, 2], a_bias_0=[0, 2], a_place_0=[0, 2], b_weight_1=[0, 2])))
+    assert model.a.table is model.b.table
+    assert (type(model.a.table), [*model.a.table]) == (OrderedDict, ["weight", "last"])
+    assert model.a.table["weight"] is model.a.weight
+    assert isinstance(model.b.pairs[0], Pair)
+    assert (model.b.pairs[0].weight is model.a.weight, model.b.pairs[0].place is model.a.place) == (True, True)
+    assert model.a.place.tolist() == [0, 2]
+    assert model.b.names is names
+    assert shared["weight"].shape == (3, 2)  # who holds the old list keeps the old weight
 
 
 def test_an_optimizer_keeps_the_names_and_the_order_of_what_is_left() -> None:

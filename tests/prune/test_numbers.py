@@ -208,6 +208,98 @@ def test_an_attribute_in_other_use_stays(make: type[Partial]) -> None:
     assert model.used == 5
 
 
+class Fused(nn.Module):
+    """A 3×3 branch and the input itself, each with a norm; `deploy` makes one convolution of them, as RepVGG does."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.in_channels, self.groups, self.depth = width, groups, width
+        self.conv = nn.Conv2d(width, width, 3, 1, 1, groups=groups, bias=False)
+        self.norm, self.same, self.one = nn.BatchNorm2d(width), nn.BatchNorm2d(width), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(x)) + self.same(x) if self.one is None else self.one(x))
+
+    def deploy(self) -> None:
+        inside = self.in_channels // self.groups
+        places = torch.arange(self.in_channels)
+        same = torch.zeros(self.in_channels, inside, 3, 3, dtype=torch.float64)
+        same[places, places % inside, 1, 1] = 1
+        one = nn.Conv2d(self.in_channels, self.in_channels, 3, 1, 1, groups=self.groups, dtype=torch.float64)
+        with torch.no_grad():
+            scales = [norm.weight / (norm.running_var + norm.eps).sqrt() for norm in (self.norm, self.same)]
+            shifts = [
+                norm.bias - norm.running_mean * scale
+                for norm, scale in zip((self.norm, self.same), scales, strict=True)
+            ]
+            one.weight.copy_(self.conv.weight * scales[0].view(-1, 1, 1, 1) + same * scales[1].view(-1, 1, 1, 1))
+            one.bias.copy_(shifts[0] + shifts[1])
+        self.one = one
+
+
+class Deployed(Net):
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.first, self.second = Fused(16, 1), Fused(16, groups)
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_numbers_that_only_another_method_reads_follow_the_layers(groups: int) -> None:
+    torch.manual_seed(0)
+    model = Deployed(groups).double()
+    enliven(model)
+    gone = [1, 6, 8, 13] if groups == 4 else [1, 2, 8]  # of four groups one channel each
+    with torch.no_grad():
+        for part in (model.first, model.second):
+            part.conv.weight[gone] = 0
+            if part.groups == 1:
+                part.conv.weight[:, gone] = 0
+            elif part.groups == 4:
+                for channel in gone:
+                    part.conv.weight[channel // 4 * 4 : channel // 4 * 4 + 4, channel % 4] = 0
+        model.stem.weight[gone], model.last.weight[:, gone] = 0, 0
+    zeroed = copy.deepcopy(model)
+    assert reconfigure(model, find_groups(model, IMAGE)).changed
+    left = 16 - len(gone)
+    assert (model.first.in_channels, model.second.in_channels) == (left, left)
+    assert (model.first.groups, model.second.groups) == (1, left if groups == 16 else groups)
+    assert model.first.depth == 16  # under no layer's name: as it was made
+    fresh = Deployed(groups).double()
+    apply_structure(fresh, structure_of(model))
+    fresh.load_state_dict(model.state_dict())
+    images = torch.rand(2, *IMAGE, dtype=torch.float64)
+    expected = zeroed.eval()(images)
+    for network in (model.eval(), fresh.eval()):
+        network.first.deploy()
+        network.second.deploy()
+        torch.testing.assert_close(network(images), expected, rtol=1e-10, atol=1e-12)
+
+
+class Asked(Deployed):
+    """Its code names the attribute, and computes with it."""
+
+    def block(self, x: Tensor) -> Tensor:
+        return super().block(x) * (1.0 / self.first.in_channels)
+
+
+def test_a_number_that_the_code_names_is_not_set_by_its_name() -> None:
+    torch.manual_seed(0)
+    model = Asked(1).double()
+    enliven(model)
+    with torch.no_grad():
+        for part in (model.first, model.second):
+            part.conv.weight[[1, 2]], part.conv.weight[:, [1, 2]] = 0, 0
+        model.stem.weight[[1, 2]], model.last.weight[:, [1, 2]] = 0, 0
+    zeroed = copy.deepcopy(model)
+    assert reconfigure(model, find_groups(model, IMAGE)).changed
+    assert (model.first.in_channels, model.first.conv.in_channels) == (16, 14)
+    same_function(model, zeroed, IMAGE)
+
+
 def test_a_structure_with_an_unknown_attribute_is_refused() -> None:
     structure = structure_of(Unequal()) | {"numbers": {"sizes": [5, 7]}}
     with pytest.raises(UsageError, match="no sizes"):

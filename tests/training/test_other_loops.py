@@ -363,3 +363,36 @@ def test_norms_with_code_of_their_own_on_maps_of_one_pixel_are_counted_and_prune
     assert (width, inner) != (8, 4)
     assert products["0"] == width * 3 * 64
     assert (products["3"], products["6"]) == (width * inner, inner * 10)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at that of what it is given
+def test_a_network_with_a_compiled_part_is_pruned_as_one_without():
+    outcomes = []
+    for compiled in (False, True):
+        model = fresh()
+        if compiled:
+            model.inner = torch.compile(model.inner, backend="eager")
+        optimizer = sgd(model)
+        with made(model, optimizer) as pruner:
+            outcomes.append(train(pruner, model, optimizer, 3, images_and_labels())[1:])
+    for ours, theirs in zip(*outcomes, strict=True):
+        assert ours.pruned == theirs.pruned
+        assert ours.epoch.train_loss == pytest.approx(theirs.epoch.train_loss, rel=1e-5)
+    plain, part = (found[0].reconfiguration for found in outcomes)
+    assert plain.channels_removed == part.channels_removed > 0
+
+
+def test_layers_that_are_trained_past_the_networks_forward_are_told():
+    model = fresh()
+    model.aux = nn.Conv2d(12, 10, 1)
+    optimizer = sgd(model)
+
+    class Both(nn.Module):
+        def forward(self, x):
+            features = model.down(torch.relu(model.stem(x)))
+            return model(x) + model.aux(features).mean((2, 3))
+
+    pruner = made(model, optimizer)
+    with pytest.warns(UserWarning, match=r"the loop trains aux, which the forward of Small does not call"):
+        steps(pruner, Both(), optimizer, images_and_labels(1))
+    steps(pruner, Both(), optimizer, images_and_labels(1))  # said once

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import ptsim
-from ptsim.training.stored import load_optimizer
+from ptsim.errors import UsageError
+from ptsim.training.stored import full_state, load_full_state, load_optimizer
 
 STATE = {"optimizer/weight/step": torch.tensor(5.0), "optimizer/weight/exp_avg": torch.ones(2, 3)}
 
@@ -68,3 +69,26 @@ def test_a_form_that_comes_with_the_state_is_known_before_its_numbers_are(monkey
     step(other, resumed, again)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+class Counting(nn.Conv2d):
+    """Keeps a number of its own in the state, as a dict or as a tensor."""
+
+    def __init__(self, extra: Any) -> None:
+        super().__init__(3, 4, 1)
+        self.extra = extra
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+def test_an_extra_state_is_stored_if_it_is_a_tensor_and_refused_in_a_sentence_otherwise() -> None:
+    model, fresh = Counting({"calls": 3}), Counting(torch.tensor(0))
+    with pytest.raises(UsageError, match=r"_extra_state in the state of this Counting is a dict, no tensor"):
+        full_state(model)
+    model.extra = torch.tensor(3)
+    load_full_state(fresh, full_state(model))
+    assert int(fresh.extra) == 3
