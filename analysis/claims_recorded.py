@@ -159,7 +159,7 @@ def unpruned_apart(root: Path, *, pairs: Sequence[tuple[str, str, str]]) -> Figu
 
 
 def unpruned_longer(root: Path, *, folder: str, pairs: Pairs) -> Figures:
-    """How much longer than the dense run beside it a pruned run took until it was pruned; what a point is worth."""
+    """How much longer than the dense run beside it a pruned run took until it was pruned, and what that costs."""
     found = []
     for run, beside in pairs.items():
         pruned, dense = (read_recorded(root, folder, name) for name in (run, beside))
@@ -167,10 +167,12 @@ def unpruned_longer(root: Path, *, folder: str, pairs: Pairs) -> Figures:
         dense_s, penalty_s = sum(epochs_s(dense)[: len(times)]), sum(time.regularizer_s for time in times)
         longer = sum(time.wall_s for time in times) / dense_s - 1
         saved = 1 - recorded(root, folder, run, beside)["flops"]
+        equal = (1 - own_pace(pruned) / own_pace(dense)) / saved
         found += [
             f"first {len(times)} epochs {percent(longer, 1)} longer, "
             f"{percent(longer - penalty_s / dense_s, 1)} without the penalty",
             f"{percent(saved)} of the training FLOPs saved: a point of the time is {0.01 / saved:.2f} of the ratio",
+            f"with equal paces in the first ten epochs it would be {equal:.1f}",
         ]
     return found
 
