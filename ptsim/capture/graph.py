@@ -173,18 +173,18 @@ def _exported(
 
 @contextlib.contextmanager
 def _nothing_remembered(model: nn.Module) -> Iterator[None]:
-    """Functions of the model's code that remember what they gave (`functools.cache`) forget it, before and afterwards.
+    """Functions of the model's code that remember what they gave (`functools.cache`) forget what they made inside.
 
-    What they make inside is no real tensor.
+    It is no real tensor. One that made nothing inside keeps what it has.
     """
-    clear = [value.cache_clear for value in named_values(model.modules()) if hasattr(value, "cache_clear")]
-    for forget in clear:
-        forget()
+    functions: list[Any] = [value for value in named_values(model.modules()) if hasattr(value, "cache_info")]
+    made = [function.cache_info().misses for function in functions]
     try:
         yield
     finally:
-        for forget in clear:
-            forget()
+        for function, before in zip(functions, made, strict=True):
+            if function.cache_info().misses != before:
+                function.cache_clear()
 
 
 def by_export(graph: fx.GraphModule) -> bool:

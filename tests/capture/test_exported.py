@@ -182,5 +182,8 @@ class Blurred(Plain):
 def test_what_functions_remember_is_real_after_a_look() -> None:
     model = Blurred()
     assert find_groups(model, IMAGE).graph.meta["traced_by"] == "torch.export"
-    assert type(blur(3, torch.device("cpu"))) is Tensor
+    held = blur(3, torch.device("cpu"))
+    assert type(held) is Tensor
     assert type(model(torch.rand(1, *IMAGE))) is Tensor
+    assert find_groups(model, IMAGE).graph.meta["traced_by"] == "torch.export"
+    assert blur(3, torch.device("cpu")) is held  # what was remembered before is kept
