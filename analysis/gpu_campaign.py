@@ -52,9 +52,9 @@ cannot fetch anything, bring wheels for its Python of what it lacks; fvcore, iop
 `--device cpu --tiny` rehearses the pieces as far as a CPU can: the tests are collected and skip themselves, peaks are
 those of the CPU's allocator, runs of two epochs take 64 images (with `--cifar` of the archive, which is also read once
 as a whole; else digits). A pair of VGG-11 is among them for the size of its checkpoints. Not rehearsed are the memory
-limit, power and energy, a calibration to its end, and how long the GPU takes for anything. On 2026-11-28 the rehearsal,
-then without the whole archive and VGG-11, ran to its end in 140 s beside a test suite, from an empty folder with the
-commands above: Python 3.12.3, torch 2.11.0+cu130, torchvision 0.26.0, two cores of an AMD EPYC. To carry: the checkout,
+limit, power and energy, a calibration to its end, and how long the GPU takes for anything. On 2026-11-29 the rehearsal
+ran to its end in 247 s beside the test suite (in 147 s the day before, alone), from an empty folder with the commands
+above: Python 3.12.3, torch 2.11.0+cu130, torchvision 0.26.0, two cores of an AMD EPYC. To carry: the checkout,
 `wheels` (2.5 MB), the archive (18 MB).
 """
 
