@@ -16,7 +16,10 @@ from ptsim.capture.words import named_values
 Changes: TypeAlias = Mapping[tuple[str, str], tuple[Any, Any]]  # module's path, attribute → before and after
 _LATER = (1, 2, 3, 7, 10, 99, 100, 1000, 12_345, 10**6)  # calls
 _SHAPES = ("size", "dim", "numel", "len", "getattr")  # tell nothing of values
-_WITHOUT_GRADIENT = ("detach", "item", "tolist", "numpy")
+_WITHOUT_GRADIENT = (
+    *("detach", "item", "tolist", "numpy", "argmax", "argmin", "argsort", "bool", "int", "long", "count_nonzero"),
+    *("eq", "ne", "lt", "gt", "le", "ge", "isnan", "isinf", "isfinite"),
+)
 _FUNCTIONS = (FunctionType, MethodType, ModuleType)
 _DEEPEST = 3  # of lists and dicts in each other that are looked through
 _OWN = frozenset(vars(nn.Module()))

@@ -29,12 +29,14 @@ class _Growth(NamedTuple):
 class _Target(NamedTuple):
     """What a layer's channels are rounded to: a multiple, and at most as many as there were before pruning.
 
-    They share out over `groups`, those of convolutions that read them.
+    They share out over `groups`, those of convolutions that read or write them. `follows`: the layer was depthwise
+    before pruning, which left it one channel.
     """
 
     multiple: int
     groups: int
     most: int | None
+    follows: bool = False
 
     def of(self, channels: int, groups: int = 1) -> int:
         """The channels instead of so many, of which every one of the layer's own groups has equally many, too."""
@@ -71,15 +73,17 @@ def rounded(network: Network, multiple: int, dense: Network | None = None) -> Ne
     parameters: dict[str, list[Parameter]] = {}
     for parameter in network.parameters:
         parameters.setdefault(parameter.layer, []).append(parameter)
-    shares = _shares(network, producers)
     before = {} if dense is None else {layer.name: layer for layer in dense.layers}
+    shares = _shares(network, producers)
     new: dict[str, Layer] = {}
     grown = {parameter.name: parameter for parameter in network.parameters}
     for layer in network.layers:
         outputs = [(network.layer(source).output_shape, new[source].output_shape) for source in producers[layer.name]]
         inputs = _inputs(layer, outputs, network.input_shape)
         is_classifier = layer.name in products[-1:] and layer.out_channels == network.num_classes
-        goal = _Target(1 if is_classifier else multiple, shares[layer.name], _most(layer, before))
+        goal = _Target(
+            1 if is_classifier else multiple, shares[layer.name], _most(layer, before), _was_depthwise(layer, before)
+        )
         found = (_round_constant if layer.op == BRANCH_CONSTANT else _round_layer)(layer, inputs, goal)
         own = [_round_parameter(parameter, layer, found) for parameter in parameters.get(layer.name, ())]
         grown |= {parameter.name: parameter for parameter in own}
@@ -96,7 +100,8 @@ def rounded(network: Network, multiple: int, dense: Network | None = None) -> Ne
 def _shares(network: Network, producers: Mapping[str, Sequence[str]]) -> dict[str, int]:
     """Over how many groups the channels of every layer have to share out.
 
-    Those that a grouped convolution reads do, over its groups, and with them whatever they are added to.
+    Those that a grouped convolution reads or writes do, over its groups, and with them whatever they are added to or
+    multiplied by.
     """
     layers = {layer.name: layer for layer in network.layers}
     consumers: dict[str, list[str]] = {name: [] for name in layers}
@@ -104,9 +109,9 @@ def _shares(network: Network, producers: Mapping[str, Sequence[str]]) -> dict[st
         for source in sources:
             consumers[source].append(target)
     found = dict.fromkeys(layers, 1)
-    for reader in network.layers:
-        grouped = reader.kind is LayerKind.CONV and reader.groups > 1 and not _is_depthwise(reader)
-        waiting, seen = list(producers[reader.name]) if grouped else [], set[str]()
+    grouped = [x for x in network.layers if x.kind is LayerKind.CONV and x.groups > 1 and not _is_depthwise(x)]
+    for reader, starts in ((layer, start) for layer in grouped for start in (producers[layer.name], [layer.name])):
+        waiting, seen = list(starts), set[str]()
         while waiting:
             layer = layers[waiting.pop()]
             if layer.name in seen or (layer.kind in _OTHER_CHANNELS and not _makes_channels(layer)):
@@ -127,6 +132,12 @@ def _makes_channels(layer: Layer) -> bool:
 def _is_depthwise(layer: Layer) -> bool:
     """Whether every channel is convolved by itself: such a layer has the channels of its input."""
     return layer.groups == layer.in_channels > 1
+
+
+def _was_depthwise(layer: Layer, before: Mapping[str, Layer]) -> bool:
+    """Whether a convolution of one channel is all that pruning left of a depthwise one."""
+    owner = before.get(ungated(layer.name, before))
+    return layer.kind is LayerKind.CONV and layer.in_channels == 1 and owner is not None and _is_depthwise(owner)
 
 
 # ---------------------------------------------------------------------- what flows in
@@ -211,7 +222,7 @@ def _round_layer(layer: Layer, inputs: tuple[Shape, ...], target: _Target) -> La
     match layer.kind:
         case LayerKind.CONV if inputs:
             in_channels = layer.unfolded(inputs[0])[1][0]
-            if _is_depthwise(layer):
+            if target.follows or _is_depthwise(layer):
                 groups, out_channels = in_channels, out_channels // layer.in_channels * in_channels
             else:
                 out_channels = target.of(out_channels, groups)

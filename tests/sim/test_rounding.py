@@ -440,6 +440,42 @@ def test_a_group_has_no_more_channels_than_before_pruning() -> None:
     assert (found.layer("1").out_channels, found.layer("1").groups) == (30, 3)
 
 
+def test_a_depthwise_layer_of_one_channel_grows_with_its_input() -> None:
+    """One of 24 channels is left: eight go in, and each of them is convolved by itself."""
+
+    def network(width: int) -> Network:
+        layers = nn.Conv2d(3, width, 1), nn.Conv2d(width, width, 3, groups=width), nn.BatchNorm2d(width)
+        return capture_network(chain(*layers, nn.Conv2d(width, 16, 1)), name="net", input_shape=(3, 8, 8), num_classes=2)
+
+    found = rounded(network(1), 8, network(24))
+    assert (found.layer("1").groups, found.layer("1").out_channels) == (8, 8)
+    assert found.layer("1").forward_macs == 8 * 3 * 3 * 6 * 6
+    assert [p.shape for p in found.parameters] == [p.shape for p in network(8).parameters]
+
+
+class Excited(nn.Module):
+    """What a grouped convolution writes is weighed by channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 24, 1), nn.Conv2d(24, width, 1, groups=3)
+        self.weigh = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(self.stem(x))
+        y: torch.Tensor = (x * torch.sigmoid(self.weigh(x.mean((2, 3), keepdim=True)))).mean((2, 3))
+        return y
+
+
+def test_what_a_grouped_convolution_writes_and_its_weights_are_equally_many() -> None:
+    """33 channels in three groups become 48, and so do the weights, though these alone would be 40."""
+    small, large = (
+        capture_network(Excited(width), name="net", input_shape=(3, 8, 8), num_classes=2) for width in (33, 48)
+    )
+    found = rounded(small, 8)
+    assert [layer.output_shape for layer in found.layers] == [layer.output_shape for layer in large.layers]
+
+
 def test_training_and_projecting_round_alike() -> None:
     """The network that `channel_multiple` trains is the one that is projected from a run without it."""
     trained = {}
