@@ -444,8 +444,9 @@ def test_a_depthwise_layer_of_one_channel_grows_with_its_input() -> None:
     """One of 24 channels is left: eight go in, and each of them is convolved by itself."""
 
     def network(width: int) -> Network:
-        layers = nn.Conv2d(3, width, 1), nn.Conv2d(width, width, 3, groups=width), nn.BatchNorm2d(width)
-        return capture_network(chain(*layers, nn.Conv2d(width, 16, 1)), name="net", input_shape=(3, 8, 8), num_classes=2)
+        each, norm = nn.Conv2d(width, width, 3, groups=width), nn.BatchNorm2d(width)
+        model = chain(nn.Conv2d(3, width, 1), each, norm, nn.Conv2d(width, 16, 1))
+        return capture_network(model, name="net", input_shape=(3, 8, 8), num_classes=2)
 
     found = rounded(network(1), 8, network(24))
     assert (found.layer("1").groups, found.layer("1").out_channels) == (8, 8)
