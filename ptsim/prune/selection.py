@@ -15,6 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ptsim.prune.groups import ChannelGroups
+    from ptsim.prune.labels import Weighted
 
 
 def keep_one(
@@ -69,16 +70,21 @@ def balanced(groups: ChannelGroups, removed: Tensor, importance: Tensor, skip: C
 def round_up(
     groups: ChannelGroups, removed: Tensor, importance: Tensor, multiple: int, skip: Collection[str] = ()
 ) -> Tensor:
-    """`removed` with components taken back until every channel count is a multiple, or is what it was."""
+    """`removed` with components taken back until every channel count is a multiple, or is what it was.
+
+    Of a grouped convolution as many are taken back in every group.
+    """
     removed = removed.clone()
     if multiple <= 1:
         return removed
+    layers = [layer for layer in groups.layers if layer.layer not in skip]
     changed = True
     while changed:
         changed = False
-        for layer in groups.layers:
-            if layer.layer in skip:
-                continue
+        for layer in layers:
+            if layer.groups > 1 and not layer.depthwise:
+                _round_up_groups(layer, removed, importance, multiple)
+        for layer in layers:
             for axis in (layer.outputs, layer.inputs):
                 gone = removed[axis]
                 kept = int((~gone).sum())
@@ -96,3 +102,18 @@ def round_up(
         even = balanced(groups, removed, importance, skip)
         changed, removed = changed or not torch.equal(even, removed), even
     return removed
+
+
+def _round_up_groups(layer: Weighted, removed: Tensor, importance: Tensor, multiple: int) -> None:
+    """Take back, in place, equally many components in every group of a convolution that is left."""
+    axes = [axis.view(layer.groups, -1) for axis in (layer.inputs, layer.outputs)]
+    whole = removed[axes[0]].all(1) & removed[axes[1]].all(1)
+    for rows in (axis[~whole] for axis in axes):
+        gone = removed[rows]
+        if not bool(gone.any()):
+            continue
+        step = math.lcm(multiple, len(rows)) // len(rows)
+        kept = int((~gone).sum(1).max())
+        target = min(-(-kept // step) * step, rows.shape[1])
+        order = torch.argsort(torch.where(gone, importance[rows], torch.inf), dim=1, descending=True, stable=True)
+        removed[rows.gather(1, order[:, :target])] = False

@@ -93,3 +93,11 @@ def test_a_channel_that_is_read_at_several_places_counts_as_often() -> None:
     """Three channels of two places each, flattened: 2 of 6 inputs are left, the next multiple of 4 is 4."""
     groups = network(layer("a", [0, 0, 1, 1, 2, 2], [3]))
     assert left(round_up(groups, mask({0, 1}, 4), torch.tensor([0.2, 0.6, 0.9, 1.0]), 4)) == {0}
+
+
+@pytest.mark.parametrize(("multiple", "goes"), [(4, {0, 1, 4, 5}), (3, {0, 4}), (8, set())])
+def test_as_many_channels_are_taken_back_in_every_group(multiple: int, goes: set[int]) -> None:
+    """One of four is left in each of two groups; the first group's channels are the more important ones."""
+    groups = network(layer("a", [8, 9], list(range(8)), groups=2), layer("b", list(range(8)), [10]))
+    importance = torch.tensor([0.5, 0.6, 0.7, 1, 0.1, 0.2, 0.3, 1, 1, 1, 1])
+    assert left(round_up(groups, mask({0, 1, 2, 4, 5, 6}, 11), importance, multiple)) == goes
