@@ -144,6 +144,7 @@ def _highest(lines: list[_Line]) -> tuple[Moment, ...]:
     )
 
 
+@functools.lru_cache(maxsize=16)  # a footprint, and what it is compared with, ask for the same walks
 def _walk(network: Network, batch: int, *, gpu: bool, half: bool, memory_format: MemoryFormat) -> _Walk:
     widths = Widths(network, Precision.FP16 if half else Precision.FP32, gpu=gpu)
     return _Walk(network, batch, widths, ALLOCATOR_BLOCK if gpu else 1, memory_format=memory_format)
