@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
-from ptsim.network import Layer, LayerKind, Network, Parameter
+from ptsim.network import LayerKind, Network, Parameter
 from ptsim.registry import Registry
 from ptsim.setting import StepSetting
 
@@ -179,13 +179,9 @@ def _penalised(network: Network) -> Iterator[Parameter]:
     layers = {layer.name: layer for layer in network.layers if layer.kind in (LayerKind.CONV, LayerKind.LINEAR)}
     for parameter in network.parameters:
         layer = layers.get(parameter.layer)
-        if layer is not None and len(parameter.shape) > 1 and not _is_depthwise(layer):  # a bias has one axis
+        if layer is not None and len(parameter.shape) > 1 and not layer.is_depthwise:  # a bias has one axis
             yield parameter
 
 
 def _norms(network: Network) -> list[int]:
     return [layer.out_channels or 0 for layer in network.layers if layer.kind is LayerKind.BATCH_NORM]
-
-
-def _is_depthwise(layer: Layer) -> bool:
-    return layer.kind is LayerKind.CONV and layer.groups > 1 and layer.groups == layer.in_channels

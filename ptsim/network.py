@@ -137,6 +137,11 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return self.output_elements == 0
 
     @property
+    def is_depthwise(self) -> bool:
+        """A convolution of every channel by itself, which has the channels of its input."""
+        return self.kind is LayerKind.CONV and self.groups == self.in_channels > 1
+
+    @property
     def spatial_axes(self) -> int:
         """Of a convolution's images: 1, 2 or 3, as its operator's name says."""
         return int(self.op[-2]) if self.op.endswith(("1d", "3d")) else 2

@@ -271,6 +271,11 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names: "a, b, c and others"."""
+    return ", ".join(names[:most]) + (" and others" if len(names) > most else "")
+
+
 def counted(number: int, one: str, several: str | None = None) -> str:
     """A number with what it counts: "1 epoch", "90 epochs"; `several` where an s does not make the plural."""
     return f"{number:,} {one if number == 1 else several or one + 's'}"

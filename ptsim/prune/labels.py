@@ -68,6 +68,11 @@ class Weighted:
         """True if its weights say which channels are sparse: depthwise and fixed filters follow their neighbours."""
         return self.trained and not self.depthwise
 
+    @property
+    def grouped(self) -> bool:
+        """True if its channels lie in groups that stay equal; those of a depthwise one are removed one by one."""
+        return self.groups > 1 and not self.depthwise
+
 
 def tensor_names(model: nn.Module) -> dict[int, str]:
     """Id of every parameter and buffer → its (first) qualified name."""

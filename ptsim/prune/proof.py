@@ -153,9 +153,7 @@ class WithoutRandomness(TorchFunctionMode):
 
 def _group_reports(groups: ChannelGroups) -> tuple[GroupReport, ...]:
     grouped = [
-        (layer.layer, {*layer.inputs.tolist(), *layer.outputs.tolist()})
-        for layer in groups.layers
-        if layer.groups > 1 and not layer.depthwise
+        (layer.layer, {*layer.inputs.tolist(), *layer.outputs.tolist()}) for layer in groups.layers if layer.grouped
     ]
     return tuple(
         GroupReport(

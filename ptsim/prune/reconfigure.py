@@ -26,6 +26,7 @@ from ptsim.prune.propagate import MODES
 from ptsim.prune.removal import Removal, collapsed_layers, find_removals, remove_branch
 from ptsim.prune.selection import balanced, keep_one, round_up
 from ptsim.prune.steps import same_calls, same_steps
+from ptsim.units import some_of
 
 COLLAPSED = (
     "the network has collapsed: its output hardly depends on the image any more, every weight of {} is below the "
@@ -88,7 +89,7 @@ def reconfigure(
     plan, after = decision.plan, decision.groups
     notes = [*decision.notes, *_held_by_groups(groups, sparse, importance, decision.plan.removed)]
     if collapsed:
-        notes.insert(0, COLLAPSED.format(", ".join(collapsed[:3]) + (" and others" if len(collapsed) > 3 else "")))
+        notes.insert(0, COLLAPSED.format(some_of(collapsed)))
     if plan.changes:
         operate(model, groups, plan, optimizer=optimizer, shadows=shadows)
     gates = find_gates(model, after, threshold, channel_multiple) if mode == "gating" else ()
@@ -117,15 +118,13 @@ def _held_by_groups(groups: ChannelGroups, sparse: Tensor, importance: Tensor, r
     names = [
         layer.layer
         for layer in groups.layers
-        if layer.groups > 1 and not layer.depthwise and bool(held[torch.cat([layer.inputs, layer.outputs])].any())
+        if layer.grouped and bool(held[torch.cat([layer.inputs, layer.outputs])].any())
     ]
     if not names:
         return []
-    number, others = int(groups.channel_counts()[held].sum()), " and others" if len(names) > 3 else ""
-    return [
-        f"{number} sparse channels stay, because every group of a convolution has to lose as many as the others: "
-        f"{', '.join(names[:3])}{others}"
-    ]
+    number = int(groups.channel_counts()[held].sum())
+    why = "because every group of a convolution has to lose as many as the others"
+    return [f"{number} sparse channels stay, {why}: {some_of(names)}"]
 
 
 def _gated(bones: nn.Module, groups: ChannelGroups, gates: Sequence[Gate]) -> ChannelGroups | None:

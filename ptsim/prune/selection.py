@@ -45,15 +45,12 @@ def balanced(groups: ChannelGroups, removed: Tensor, importance: Tensor, skip: C
     and the same number of outputs, the least important ones first; one of each stays.
     """
     removed = removed.clone()
-    grouped = [x for x in groups.layers if x.groups > 1 and not x.depthwise and x.layer not in skip]
+    grouped = [layer for layer in groups.layers if layer.grouped and layer.layer not in skip]
     changed = True
     while changed:
         changed = False
         for layer in grouped:
-            axes = [axis.view(layer.groups, -1) for axis in (layer.inputs, layer.outputs)]
-            whole = removed[axes[0]].all(1) & removed[axes[1]].all(1)
-            for axis in axes:
-                rows = axis[~whole]
+            for rows in _groups_left(layer, removed):
                 if not len(rows):
                     continue
                 gone = removed[rows]
@@ -65,6 +62,13 @@ def balanced(groups: ChannelGroups, removed: Tensor, importance: Tensor, skip: C
                     removed[back] = False
                     changed = True
     return removed
+
+
+def _groups_left(layer: Weighted, removed: Tensor) -> list[Tensor]:
+    """The inputs, and the outputs, of a grouped convolution without the groups of which all go: a row each."""
+    axes = [axis.view(layer.groups, -1) for axis in (layer.inputs, layer.outputs)]
+    whole = removed[axes[0]].all(1) & removed[axes[1]].all(1)
+    return [axis[~whole] for axis in axes]
 
 
 def round_up(
@@ -82,7 +86,7 @@ def round_up(
     while changed:
         changed = False
         for layer in layers:
-            if layer.groups > 1 and not layer.depthwise:
+            if layer.grouped:
                 _round_up_groups(layer, removed, importance, multiple)
         for layer in layers:
             for axis in (layer.outputs, layer.inputs):
@@ -106,9 +110,7 @@ def round_up(
 
 def _round_up_groups(layer: Weighted, removed: Tensor, importance: Tensor, multiple: int) -> None:
     """Take back, in place, equally many components in every group of a convolution that is left."""
-    axes = [axis.view(layer.groups, -1) for axis in (layer.inputs, layer.outputs)]
-    whole = removed[axes[0]].all(1) & removed[axes[1]].all(1)
-    for rows in (axis[~whole] for axis in axes):
+    for rows in _groups_left(layer, removed):
         gone = removed[rows]
         if not bool(gone.any()):
             continue

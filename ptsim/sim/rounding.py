@@ -109,7 +109,7 @@ def _shares(network: Network, producers: Mapping[str, Sequence[str]]) -> dict[st
         for source in sources:
             consumers[source].append(target)
     found = dict.fromkeys(layers, 1)
-    grouped = [x for x in network.layers if x.kind is LayerKind.CONV and x.groups > 1 and not _is_depthwise(x)]
+    grouped = [x for x in network.layers if x.kind is LayerKind.CONV and x.groups > 1 and not x.is_depthwise]
     for reader, starts in ((layer, start) for layer in grouped for start in (producers[layer.name], [layer.name])):
         waiting, seen = list(starts), set[str]()
         while waiting:
@@ -125,19 +125,14 @@ def _shares(network: Network, producers: Mapping[str, Sequence[str]]) -> dict[st
 
 def _makes_channels(layer: Layer) -> bool:
     """Whether a layer decides how many channels it gives."""
-    product = layer.kind in (LayerKind.CONV, LayerKind.LINEAR) and not _is_depthwise(layer)
+    product = layer.kind in (LayerKind.CONV, LayerKind.LINEAR) and not layer.is_depthwise
     return product or layer.op == BRANCH_CONSTANT or is_gate(layer.name)
-
-
-def _is_depthwise(layer: Layer) -> bool:
-    """Whether every channel is convolved by itself: such a layer has the channels of its input."""
-    return layer.groups == layer.in_channels > 1
 
 
 def _was_depthwise(layer: Layer, before: Mapping[str, Layer]) -> bool:
     """Whether a convolution of one channel is all that pruning left of a depthwise one."""
     owner = before.get(ungated(layer.name, before))
-    return layer.kind is LayerKind.CONV and layer.in_channels == 1 and owner is not None and _is_depthwise(owner)
+    return layer.kind is LayerKind.CONV and layer.in_channels == 1 and owner is not None and owner.is_depthwise
 
 
 # ---------------------------------------------------------------------- what flows in
@@ -222,7 +217,7 @@ def _round_layer(layer: Layer, inputs: tuple[Shape, ...], target: _Target) -> La
     match layer.kind:
         case LayerKind.CONV if inputs:
             in_channels = layer.unfolded(inputs[0])[1][0]
-            if target.follows or _is_depthwise(layer):
+            if target.follows or layer.is_depthwise:
                 groups, out_channels = in_channels, out_channels // layer.in_channels * in_channels
             else:
                 out_channels = target.of(out_channels, groups)

@@ -17,6 +17,7 @@ from ptsim.errors import UsageError
 from ptsim.prune.labels import CONVS, TRANSPOSED_CONVS
 from ptsim.training.watch import learning_rate
 from ptsim.training.wrapping import is_sharded
+from ptsim.units import some_of
 
 if TYPE_CHECKING:
     from ptsim.prune.groups import ChannelGroups
@@ -98,9 +99,8 @@ def warn_of_unseen(network: nn.Module, groups: ChannelGroups) -> None:
     ]
     if unseen:
         warnings.warn(
-            f"the loop trains {', '.join(unseen[:3])}{' and others' if len(unseen) > 3 else ''}, which the forward of "
-            f"{type(network).__name__} does not call: channels that they read may be pruned; let forward return what "
-            "they give, too",
+            f"the loop trains {some_of(unseen)}, which the forward of {type(network).__name__} does not call: "
+            "channels that they read may be pruned; let forward return what they give, too",
             stacklevel=3,
         )
 
