@@ -263,14 +263,9 @@ def _prediction(
         low_energy_joules=None if energy is None else count * energy.low_j,
         high_energy_joules=None if energy is None else count * energy.high_j,
         by_kind=_by_kind(step),
-        hook_seconds=0.0 if cluster is None else _hook_seconds(network, step, cluster, count),
+        hook_seconds=0.0 if cluster is None else ddp.hooks_s(step, ddp_buckets(network), hook_seconds(cluster, count)),
         notes=notes,
     )
-
-
-def _hook_seconds(network: Network, step: StepTime, cluster: Cluster, num_gpus: int) -> float:
-    """What hooks add to the step; those of a recorded one are part of its backward pass."""
-    return ddp.hooks_s(ddp_buckets(network), ddp.own_tensor_s(step, hook_seconds(cluster, num_gpus)))
 
 
 def _device(gpu: str | Path | Device | None, cluster: Cluster | None, calibrated: DeviceProfile | None) -> Device:

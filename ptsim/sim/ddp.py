@@ -139,7 +139,6 @@ def compute_plan(
     Raises:
         ValueError: a bucket names a layer that the step does not have.
     """
-    tensor_s = own_tensor_s(step, tensor_s)
     ready_after: dict[str, list[int]] = {layer.layer: [] for layer in step.layers}
     for i, bucket in enumerate(buckets):
         name = bucket.ready_layer or step.layers[0].layer  # "": gradients that never come
@@ -152,7 +151,7 @@ def compute_plan(
     backward: list[Piece] = []
     for layer in reversed(step.layers):
         ready = ready_after[layer.layer]
-        copied_s = hooks_s([buckets[bucket] for bucket in ready], tensor_s)
+        copied_s = hooks_s(step, [buckets[bucket] for bucket in ready], tensor_s)
         if copied_s:
             backward.append(Piece(name="gradient hooks", seconds=copied_s / num_micro_batches))
         backward.append(Piece(name=layer.layer, seconds=layer.backward_s, bucket=ready[0] if ready else None))
@@ -173,14 +172,12 @@ def compute_plan(
     )
 
 
-def own_tensor_s(step: StepTime, tensor_s: float) -> float:
-    """What every gradient tensor adds to a step; nothing to one that was recorded on one of several GPUs."""
-    return 0.0 if step.data_parallel else tensor_s
+def hooks_s(step: StepTime, buckets: Sequence[Bucket], tensor_s: float) -> float:
+    """Seconds that the hooks of all gradient tensors in these buckets add to a step, `tensor_s` each.
 
-
-def hooks_s(buckets: Sequence[Bucket], tensor_s: float) -> float:
-    """Seconds of the hooks of all gradient tensors in these buckets, each of which takes `tensor_s`."""
-    return tensor_s * sum(len(bucket.parameters) for bucket in buckets)
+    Nothing to one that was recorded on one of several GPUs: its backward pass holds them.
+    """
+    return 0.0 if step.data_parallel else tensor_s * sum(len(bucket.parameters) for bucket in buckets)
 
 
 def with_communication(

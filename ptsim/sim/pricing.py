@@ -223,7 +223,7 @@ class Pricer:
         """
         scenario = self.scenario
         buckets = scenario.buckets(stage.network, stage.id)
-        return ddp.hooks_s(buckets, ddp.own_tensor_s(step, hook_seconds(scenario.cluster, scenario.num_gpus)))
+        return ddp.hooks_s(step, buckets, hook_seconds(scenario.cluster, scenario.num_gpus))
 
     def _own_update_s(self, stage: Stage, step: StepTime) -> float:
         """The update of the parameters that are a GPU's own, with the sums of all gradients; once per step."""
