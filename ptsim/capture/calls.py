@@ -38,23 +38,29 @@ def attributes_restored(model: nn.Module) -> Iterator[Callable[[], Changes]]:
     they had, too, and so do lists and dicts of classes and files in which the code remembers tensors.
     """
     shared = _nested(_tables_of_code(model))
-    own = [{name: value for name, value in vars(part).items() if name not in _OWN} for part in model.modules()]
+    own = [
+        {name: value for name, value in vars(part).items() if name not in _OWN or type(value) is dict}
+        for part in model.modules()
+    ]
     nested = _nested([*_objects(model), *own])
+    contents = {id(container): content for container, content in nested}
     buffers = [
         (buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_inference()
     ]
-    before = [
-        (path, table, dict(table), {name: value.copy() for name, value in table.items() if type(value) in (dict, list)})
-        for path, module in model.named_modules()
-        for table in [vars(module)]
-    ]
+    before = [(path, vars(module), dict(vars(module))) for path, module in model.named_modules()]
+
+    def held(value: Any) -> Any:
+        """What a list or dict in an attribute held."""
+        return contents[id(value)] if type(value) in (dict, list) else None
 
     def changes() -> Changes:
         return {
-            (path, name): (containers.get(name, attributes.get(name)), _copied(value))
-            for path, table, attributes, containers in before
+            (path, name): (attributes.get(name) if content is None else content, _copied(value))
+            for path, table, attributes in before
             for name, value in table.items()
-            if name not in _OWN and _differs(attributes.get(name), containers.get(name), value)
+            if name not in _OWN
+            for content in [held(attributes.get(name))]
+            if _differs(attributes.get(name), content, value)
         }
 
     try:
@@ -64,10 +70,8 @@ def attributes_restored(model: nn.Module) -> Iterator[Callable[[], Changes]]:
             if buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(values)
-        for _, table, attributes, containers in before:
+        for _, table, attributes in before:
             _restore(table, attributes)
-            for name, content in containers.items():
-                _restore(attributes[name], content)
         remembered = (kept for kept in shared if any(isinstance(part, Tensor | fx.Proxy) for part in _parts(kept[0])))
         for container, content in (*nested, *remembered):
             _restore(container, content)
