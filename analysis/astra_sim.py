@@ -30,8 +30,8 @@ from ptsim.costs.collectives import (
     AllReduceTime,
     all_reduce,
     hierarchical_all_reduce_seconds,
-    made_of_halves,
     nodes_for,
+    reduction,
 )
 from ptsim.costs.measured import find_profile, step_of_profile
 from ptsim.costs.scaling import contention_of, hook_seconds
@@ -173,15 +173,13 @@ def step_row(
     row |= {"astra_exposed_ms": 1e3 * result.exposed_s, "ptsim_exposed_ms": 1e3 * ours.exposed_communication_s}
     if way == "predicted":
         costs = {"contention": contention_of(cluster, gpus), "tensor_s": hook_seconds(cluster, gpus)}
-        said = data_parallel_step(network, step, lambda size: _chosen(size, machine, shards), **costs, **same).expected
+
+        def chosen(size: int) -> AllReduceTime:  # without being told the algorithm
+            return reduction(size, cluster, gpus, sharded=shards is not None)
+
+        said = data_parallel_step(network, step, chosen, **costs, **same).expected
         row |= {"simulate_ms": 1e3 * said.step_s, "simulate_wait_ms": 1e3 * said.communication_wait_s}
     return row
-
-
-def _chosen(num_bytes: int, machine: Machine, shards: ddp.Shards | None) -> AllReduceTime:
-    """What ptsim says without being told the algorithm."""
-    time = all_reduce(num_bytes, machine.cluster, machine.gpus)
-    return time if shards is None else made_of_halves(time, num_bytes, machine.cluster, machine.gpus)
 
 
 def reduce_row(binary: Path, folder: Path, machine: Machine, size: int) -> dict[str, Any]:

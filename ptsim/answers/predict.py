@@ -10,7 +10,7 @@ import msgspec
 
 from ptsim.answers.subject import Subject, find_subject
 from ptsim.costs.buckets import ddp_buckets
-from ptsim.costs.collectives import AllReduceTime, all_reduce, made_of_halves
+from ptsim.costs.collectives import reduction
 from ptsim.costs.energy import step_energy
 from ptsim.costs.flops import flops_utilization, training_macs
 from ptsim.costs.memory import iteration_memory, usable_bytes
@@ -184,12 +184,7 @@ def _data_parallel(
     """The simulated step of several GPUs, and the worst tier that its all-reduces come from."""
     network = subject.network
     shards = ddp.shards_of(network, setting)
-
-    @functools.cache
-    def times(num_bytes: int) -> AllReduceTime:
-        time = all_reduce(num_bytes, cluster, setting.num_gpus)
-        return time if shards is None else made_of_halves(time, num_bytes, cluster, setting.num_gpus)
-
+    times = functools.cache(lambda size: reduction(size, cluster, setting.num_gpus, sharded=shards is not None))
     simulated = data_parallel_step(
         network,
         among(step, cluster, setting.num_gpus),

@@ -195,6 +195,12 @@ def made_of_halves(
     )
 
 
+def reduction(message_bytes: float, cluster: Cluster, num_gpus: int, *, sharded: bool) -> AllReduceTime:
+    """`all_reduce`, or `made_of_halves` where the update is sharded."""
+    time = all_reduce(message_bytes, cluster, num_gpus)
+    return made_of_halves(time, message_bytes, cluster, num_gpus) if sharded else time
+
+
 def allreduce(cluster: str | Path | Cluster, gpus: int, message_bytes: float, algorithm: str = AUTO) -> AllReduceTime:
     """The time of one all-reduce on a cluster of the catalog or of a TOML file.
 
