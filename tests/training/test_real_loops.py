@@ -13,7 +13,7 @@ import ptsim
 from ptsim.errors import FileFormatError, UsageError
 from ptsim.network import Precision
 from ptsim.prune.cut import narrowed
-from tests.training.test_other_loops import Around, Clock
+from tests.training.test_other_loops import Around, Clock, clocked
 from tests.training.test_own_loop import (  # noqa: F401 # a fixture
     IMAGE,
     fresh,
@@ -118,11 +118,7 @@ def test_of_two_mini_batches_that_are_as_frequent_the_larger_one_is_the_epochs(u
 
 def test_passes_whose_gradients_wait_for_the_next_epoch_leave_a_trace_that_can_be_read(monkeypatch, tmp_path):
     """Five mini-batches, two to an update: the fifth has none in this epoch."""
-    clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock)
-    model = fresh()
-    model.register_forward_hook(lambda *_: clock.passes(1.0))
-    model.fc.weight.register_hook(lambda _: clock.passes(2.0))
+    _, model = clocked(monkeypatch)
     optimizer = sgd(model)
     with ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path) as recorder:
         accumulate(model, optimizer, images_and_labels(5, 8), (2, 2))
@@ -135,11 +131,7 @@ def test_passes_whose_gradients_wait_for_the_next_epoch_leave_a_trace_that_can_b
 
 @pytest.mark.parametrize("told", [False, True])
 def test_validation_between_two_steps_is_no_part_of_the_training_time(monkeypatch, told):
-    clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock)
-    model = fresh()
-    model.register_forward_hook(lambda *_: clock.passes(1.0))
-    model.fc.weight.register_hook(lambda _: clock.passes(2.0))
+    clock, model = clocked(monkeypatch)
     optimizer = sgd(model)
     recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
 
@@ -175,11 +167,7 @@ def test_validation_between_two_steps_is_no_part_of_the_training_time(monkeypatc
 
 def test_validation_before_the_first_step_is_no_part_of_the_training_time(monkeypatch):
     """As loops do that validate every so many iterations, the first one included."""
-    clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock)
-    model = fresh()
-    model.register_forward_hook(lambda *_: clock.passes(1.0))
-    model.fc.weight.register_hook(lambda _: clock.passes(2.0))
+    _, model = clocked(monkeypatch)
     optimizer = sgd(model)
     recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
     for i, (images, labels) in enumerate(recorder.data(images_and_labels(3, 8))):
