@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import operator
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
@@ -21,7 +23,8 @@ _WITHOUT_GRADIENT = (
     *("eq", "ne", "lt", "gt", "le", "ge", "isnan", "isinf", "isfinite"),
 )
 _FUNCTIONS = (FunctionType, MethodType, ModuleType)
-_DEEPEST = 3  # of lists and dicts in each other that are looked through
+CONTAINERS = (dict, list, deque, set)  # that code may change in place
+_DEEPEST = 3  # of containers in each other that are looked through
 _OWN = frozenset(vars(nn.Module()))
 
 
@@ -35,7 +38,7 @@ def attributes_restored(model: nn.Module) -> Iterator[Callable[[], Changes]]:
 
     Tracing leaves stand-ins where the code stores values, and runs what the code does with buffers alone. What it
     gives tells, inside, which attributes have changed so far. Objects of the user's own that modules keep get back what
-    they had, too, and so do lists and dicts of classes and files in which the code remembers tensors.
+    they had, too, and so do containers of classes and files in which the code remembers tensors.
     """
     shared = _nested(_tables_of_code(model))
     own = [
@@ -50,8 +53,8 @@ def attributes_restored(model: nn.Module) -> Iterator[Callable[[], Changes]]:
     before = [(path, vars(module), dict(vars(module))) for path, module in model.named_modules()]
 
     def held(value: Any) -> Any:
-        """What a list or dict in an attribute held."""
-        return contents[id(value)] if type(value) in (dict, list) else None
+        """What a container in an attribute held."""
+        return contents[id(value)] if isinstance(value, CONTAINERS) else None
 
     def changes() -> Changes:
         return {
@@ -86,31 +89,41 @@ def _tables_of_code(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _nested(tables: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
-    """Lists and dicts in tables of attributes, and in each other, with what they hold; so do the tables themselves."""
+    """Containers in tables of attributes, and in each other, with what they hold; so do the tables themselves."""
     found: dict[int, tuple[Any, Any]] = {}
     waiting: list[tuple[Any, int]] = [(table, _DEEPEST) for table in tables]
     while waiting:
         container, depth = waiting.pop()
-        if id(container) in found or not isinstance(container, dict | list):
+        if id(container) in found or not isinstance(container, CONTAINERS):
             continue
         found[id(container)] = container, _content(container)
         parts = _parts(container) if depth else []
-        waiting += [(part, depth - 1) for part in parts if isinstance(part, dict | list)]
+        waiting += [(part, depth - 1) for part in parts if isinstance(part, CONTAINERS)]
     return list(found.values())
 
 
 def _content(container: Any) -> Any:
-    return list(container) if isinstance(container, list) else dict(container)
+    return dict(container) if isinstance(container, dict) else list(container)
+
+
+def _filled(container: Any, content: Any) -> Any:
+    """The container with that content in place of its own."""
+    container.clear()
+    if isinstance(container, dict):
+        for key, value in content.items():  # `update` of a Counter adds
+            container[key] = value
+    else:
+        container.update(content) if isinstance(container, set) else container.extend(content)
+    return container
 
 
 def _restore(container: Any, content: Any) -> None:
-    """Give a list or dict its content back, if it has another one."""
+    """Give a container its content back, if it has another one."""
     same = len(container) == len(content) and all(map(operator.is_, container, content))  # keys, of a dict
     if same and isinstance(content, dict):
         same = all(map(operator.is_, container.values(), content.values()))
     if not same:
-        container.clear()
-        container.extend(content) if isinstance(content, list) else container.update(content)
+        _filled(container, content)
 
 
 def _objects(model: nn.Module) -> list[dict[str, Any]]:
@@ -126,7 +139,7 @@ def _objects(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _copied(value: Any) -> Any:
-    return value.copy() if type(value) in (dict, list) else value
+    return copy.copy(value) if isinstance(value, CONTAINERS) else value
 
 
 def _differs(before: Any, content: Any, after: Any) -> bool:
@@ -161,12 +174,12 @@ def later_calls(changes: Changes) -> Iterator[dict[tuple[str, str], Any]]:
 
 
 def left_behind(changes: Changes) -> set[fx.Node]:
-    """The nodes of what the code has left in attributes, in lists and dicts too, if a gradient goes back from it."""
+    """The nodes of what the code has left in attributes, in containers too, if a gradient goes back from it."""
     found = set[fx.Node]()
     waiting = [after for _, after in changes.values()]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, dict | list | tuple):
+        if isinstance(value, (*CONTAINERS, tuple)):
             waiting += _parts(value)
         elif isinstance(value, fx.Proxy) and not isinstance(value, fx.proxy.Attribute) and _teaches(value.node):
             found.add(value.node)
@@ -191,11 +204,14 @@ def _teaches(node: fx.Node) -> bool:
 def _after(before: Any, after: Any, calls: int) -> Any:
     if isinstance(after, dict):
         earlier = before if isinstance(before, dict) else {}
-        return {key: _after(earlier.get(key), value, calls) for key, value in after.items()}
-    if isinstance(after, list | tuple):
-        known = list(before) if isinstance(before, list | tuple) else []
+        return _filled(copy.copy(after), {key: _after(earlier.get(key), value, calls) for key, value in after.items()})
+    if isinstance(after, (*CONTAINERS, tuple)):
+        known = list(before) if isinstance(before, list | tuple | deque) else []
         known += [None] * (len(after) - len(known))
-        return type(after)(_after(a, b, calls) for a, b in zip(known, after, strict=False))
+        parts = [_after(a, b, calls) for a, b in zip(known, after, strict=False)]
+        if isinstance(after, tuple):
+            return after._make(parts) if hasattr(after, "_make") else type(after)(parts)
+        return _filled(copy.copy(after), parts)
     if _number(before) and _number(after):
         return after + (after - before) * (calls - 1)
     return Left() if isinstance(after, fx.Proxy) else after
@@ -205,7 +221,7 @@ def _pairs(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(after, dict) and isinstance(before, dict):
         for key, value in after.items():
             yield from _pairs(before.get(key), value)
-    elif isinstance(after, list | tuple) and isinstance(before, list | tuple):
+    elif isinstance(after, list | tuple | deque) and isinstance(before, list | tuple | deque):
         for a, b in zip(before, after, strict=False):
             yield from _pairs(a, b)
     else:
@@ -217,7 +233,7 @@ def _number(value: Any) -> bool:
 
 
 def _has(value: Any, test: Callable[[Any], bool]) -> bool:
-    parts = _parts(value) if isinstance(value, dict | list | tuple) else None
+    parts = _parts(value) if isinstance(value, (*CONTAINERS, tuple)) else None
     return test(value) if parts is None else any(_has(part, test) for part in parts)
 
 

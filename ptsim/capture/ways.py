@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ptsim.capture.calls import Changes, attributes_restored, later_calls, left_behind
+from ptsim.capture.calls import CONTAINERS, Changes, attributes_restored, later_calls, left_behind
 from ptsim.capture.chance import chance_of, random_state_kept, seed_all
 from ptsim.capture.gradients import MARKS
 from ptsim.capture.graph import evaluation_mode, symbolic_graph
@@ -99,7 +99,7 @@ def _refuse_other_calls(
             for (path, name), value in attributes.items():
                 table = vars(model.get_submodule(path))
                 held = table.get(name)
-                table[name] = shared.setdefault(id(held), value) if isinstance(held, dict | list) else value
+                table[name] = shared.setdefault(id(held), value) if isinstance(held, CONTAINERS) else value
             seed_all(seed, generators)
             try:
                 later = way_of(symbolic_graph(model, images_shape, **{**how, "ways": (graph.meta["way"],)}))

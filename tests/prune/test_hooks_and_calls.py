@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import io
 import random
+from collections import defaultdict, deque
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -401,6 +402,44 @@ def test_what_code_leaves_in_objects_and_nested_dicts_is_gone_after_a_look() -> 
         seen["cpu"][3], seen["meta"], model.found["a"][0][0] = 4, {}, 5
     assert (model.notes.last, hasattr(model.notes, "more"), model.found) == (None, False, {"a": [[1]]})
     assert (model.notes.seen is seen, seen, seen["cpu"] is inner) == (True, {"cpu": {}}, True)
+
+
+class Pair(NamedTuple):
+    """What a user's code may keep of a call."""
+
+    calls: int
+    mean: Any
+
+
+class Keeping(Net):
+    """Keeps in containers of other kinds than lists and dicts, and counts on theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recent: deque[Any] = deque(maxlen=2)
+        self.sizes: defaultdict[int, int] = defaultdict(int)
+        self.seen: set[Any] = set()
+        self.last = Pair(0, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes[len(self.recent)] += 1
+        self.last = Pair(self.last.calls + 1, x.detach().mean())
+        self.recent.append(x.detach().mean())
+        self.seen.add(x.detach().max())
+        return super().forward(x)
+
+
+def test_code_may_keep_deques_sets_counters_and_named_tuples() -> None:
+    model = Keeping()
+    assert find_groups(model, IMAGE).num_channels == find_groups(Net(), IMAGE).num_channels
+    capture_network(model, name="keeping", input_shape=IMAGE, num_classes=4)
+    assert (len(model.recent), model.sizes, model.seen, model.last) == (0, {}, set(), Pair(0, None))
+    model.recent.extend(("kept", "too"))
+    kept = model.recent
+    with attributes_restored(model) as changes:
+        model.recent.append("more")
+        assert list(changes()["", "recent"][1]) == ["too", "more"]
+    assert (model.recent is kept, list(kept)) == (True, ["kept", "too"])
 
 
 REMEMBERED: dict[str, Any] = {}
