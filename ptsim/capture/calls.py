@@ -24,7 +24,7 @@ _WITHOUT_GRADIENT = (
 )
 _FUNCTIONS = (FunctionType, MethodType, ModuleType)
 CONTAINERS = (dict, list, deque, set)  # that code may change in place
-_DEEPEST = 3  # of containers in each other that are looked through
+DEEPEST = 3  # of containers in each other that are looked through
 _OWN = frozenset(vars(nn.Module()))
 
 
@@ -45,7 +45,7 @@ def attributes_restored(model: nn.Module) -> Iterator[Callable[[], Changes]]:
         {name: value for name, value in vars(part).items() if name not in _OWN or type(value) is dict}
         for part in model.modules()
     ]
-    nested = _nested([*_objects(model), *own])
+    nested = _nested([*objects_of(model), *own])
     contents = {id(container): content for container, content in nested}
     buffers = [
         (buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_inference()
@@ -75,7 +75,7 @@ def attributes_restored(model: nn.Module) -> Iterator[Callable[[], Changes]]:
                     buffer.copy_(values)
         for _, table, attributes in before:
             _restore(table, attributes)
-        remembered = (kept for kept in shared if any(isinstance(part, Tensor | fx.Proxy) for part in _parts(kept[0])))
+        remembered = (kept for kept in shared if any(isinstance(part, Tensor | fx.Proxy) for part in parts_of(kept[0])))
         for container, content in (*nested, *remembered):
             _restore(container, content)
 
@@ -91,13 +91,13 @@ def _tables_of_code(model: nn.Module) -> list[dict[str, Any]]:
 def _nested(tables: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
     """Containers in tables of attributes, and in each other, with what they hold; so do the tables themselves."""
     found: dict[int, tuple[Any, Any]] = {}
-    waiting: list[tuple[Any, int]] = [(table, _DEEPEST) for table in tables]
+    waiting: list[tuple[Any, int]] = [(table, DEEPEST) for table in tables]
     while waiting:
         container, depth = waiting.pop()
         if id(container) in found or not isinstance(container, CONTAINERS):
             continue
         found[id(container)] = container, _content(container)
-        parts = _parts(container) if depth else []
+        parts = parts_of(container) if depth else []
         waiting += [(part, depth - 1) for part in parts if isinstance(part, CONTAINERS)]
     return list(found.values())
 
@@ -106,8 +106,8 @@ def _content(container: Any) -> Any:
     return dict(container) if isinstance(container, dict) else list(container)
 
 
-def _filled(container: Any, content: Any) -> Any:
-    """The container with that content in place of its own."""
+def filled(container: Any, content: Any) -> Any:
+    """The container, with that content in place of its own."""
     container.clear()
     if isinstance(container, dict):
         for key, value in content.items():  # `update` of a Counter adds
@@ -123,10 +123,10 @@ def _restore(container: Any, content: Any) -> None:
     if same and isinstance(content, dict):
         same = all(map(operator.is_, container.values(), content.values()))
     if not same:
-        _filled(container, content)
+        filled(container, content)
 
 
-def _objects(model: nn.Module) -> list[dict[str, Any]]:
+def objects_of(model: nn.Module) -> list[dict[str, Any]]:
     """The attributes of plain objects of the user's own classes, such as one that collects what hooks are given."""
     found = {
         id(value): vars(value)
@@ -147,10 +147,13 @@ def _differs(before: Any, content: Any, after: Any) -> bool:
         return not (_is_plain(before) and _is_plain(after) and type(before) is type(after) and before == after)
     if content is None:
         return False
-    return len(content) != len(after) or any(a is not b for a, b in zip(_parts(content), _parts(after), strict=True))
+    return len(content) != len(after) or any(
+        a is not b for a, b in zip(parts_of(content), parts_of(after), strict=True)
+    )
 
 
-def _parts(container: Any) -> list[Any]:
+def parts_of(container: Any) -> list[Any]:
+    """What a container holds; of a dict the values."""
     return list(container.values()) if isinstance(container, dict) else list(container)
 
 
@@ -180,7 +183,7 @@ def left_behind(changes: Changes) -> set[fx.Node]:
     while waiting:
         value = waiting.pop()
         if isinstance(value, (*CONTAINERS, tuple)):
-            waiting += _parts(value)
+            waiting += parts_of(value)
         elif isinstance(value, fx.Proxy) and not isinstance(value, fx.proxy.Attribute) and _teaches(value.node):
             found.add(value.node)
     return found
@@ -204,14 +207,14 @@ def _teaches(node: fx.Node) -> bool:
 def _after(before: Any, after: Any, calls: int) -> Any:
     if isinstance(after, dict):
         earlier = before if isinstance(before, dict) else {}
-        return _filled(copy.copy(after), {key: _after(earlier.get(key), value, calls) for key, value in after.items()})
+        return filled(copy.copy(after), {key: _after(earlier.get(key), value, calls) for key, value in after.items()})
     if isinstance(after, (*CONTAINERS, tuple)):
         known = list(before) if isinstance(before, list | tuple | deque) else []
         known += [None] * (len(after) - len(known))
         parts = [_after(a, b, calls) for a, b in zip(known, after, strict=False)]
         if isinstance(after, tuple):
             return after._make(parts) if hasattr(after, "_make") else type(after)(parts)
-        return _filled(copy.copy(after), parts)
+        return filled(copy.copy(after), parts)
     if _number(before) and _number(after):
         return after + (after - before) * (calls - 1)
     return Left() if isinstance(after, fx.Proxy) else after
@@ -233,7 +236,7 @@ def _number(value: Any) -> bool:
 
 
 def _has(value: Any, test: Callable[[Any], bool]) -> bool:
-    parts = _parts(value) if isinstance(value, (*CONTAINERS, tuple)) else None
+    parts = parts_of(value) if isinstance(value, (*CONTAINERS, tuple)) else None
     return test(value) if parts is None else any(_has(part, test) for part in parts)
 
 

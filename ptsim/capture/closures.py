@@ -14,13 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-_CONTAINERS = (list, dict, set, tuple)
+from ptsim.capture.calls import CONTAINERS, filled
 
 
 class FunctionTwins:
     """Twins of the functions that the modules of `model` keep; their closures hold copies of what the originals hold.
 
-    Lists and dicts in a closure are copied, so that what a copied hook notes stays out of the user's list. Any other
+    Containers in a closure are copied, so that what a copied hook notes stays out of the user's list. Any other
     object is shared.
 
     Args:
@@ -41,10 +41,10 @@ class FunctionTwins:
         if isinstance(value, functools.partial):
             for part in (value.func, value.args, value.keywords):
                 self._enter(part)
-        elif isinstance(value, _CONTAINERS) and id(value) not in self._seen:
+        elif isinstance(value, (*CONTAINERS, tuple)) and id(value) not in self._seen:
             self._seen.add(id(value))
             for part in value.values() if isinstance(value, dict) else value:
-                if isinstance(part, (FunctionType, functools.partial, *_CONTAINERS)):
+                if isinstance(part, (FunctionType, functools.partial, *CONTAINERS, tuple)):
                     self._enter(part)
         elif isinstance(value, FunctionType) and id(value) not in self._memo and _holds_something(value):
             cells = tuple(CellType() for _ in value.__closure__ or ())
@@ -82,18 +82,13 @@ class FunctionTwins:
             return twin
         if type(value) is tuple:
             return tuple(self._of(part) for part in value)
-        if not isinstance(value, (list, dict, set)):
+        if not isinstance(value, CONTAINERS):
             return value
         container: Any = copy.copy(value)
-        self._memo[id(value)] = container
-        container.clear()
+        self._memo[id(value)] = container  # one that holds itself
         if isinstance(value, dict):
-            container.update({key: self._of(part) for key, part in value.items()})
-        elif isinstance(value, list):
-            container.extend(self._of(part) for part in value)
-        else:
-            container.update(value)
-        return container
+            return filled(container, {key: self._of(part) for key, part in value.items()})
+        return filled(container, list(value) if isinstance(value, set) else [self._of(part) for part in value])
 
 
 def _holds_something(function: FunctionType) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ptsim.capture.calls import CONTAINERS, DEEPEST, objects_of, parts_of
 from ptsim.capture.closures import FunctionTwins
 
 _HOME = "_ptsim_device"  # attribute of a hollow copy: where the original is
@@ -63,23 +65,32 @@ def generators(model: nn.Module) -> dict[int, Any]:
 
 
 def computed_tensors(model: nn.Module) -> dict[int, Any]:
-    """A memo for `deepcopy`: the values, without their history, of tensors in attributes, lists and dicts of modules.
+    """A memo for `deepcopy`: the values, without their history, of tensors that modules keep, in containers as well.
 
     Older normalisations of weights (`torch.nn.utils.weight_norm`, `spectral_norm`) and masks (`torch.nn.utils.prune`)
-    compute a layer's weight before every call and leave it there; torch does not copy such a tensor, nor any real one
-    into a network of fake ones. The copy computes its own when it is called. Parameters and buffers of the model that
-    stand there as well are left to `deepcopy`, so that they are the copy's own, once.
+    compute a layer's weight before every call and leave it there, and code may note what it has computed; torch does
+    not copy such a tensor, nor any real one into a network of fake ones. The copy computes its own when it is called.
+    Parameters and buffers of the model that stand there as well are left to `deepcopy`, so that they are the copy's
+    own, once.
     """
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     return {
         id(value): value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
-        for module in model.modules()
-        for name, kept in vars(module).items()
+        for table in (*map(vars, model.modules()), *objects_of(model))
+        for name, kept in table.items()
         if not name.startswith(_PRUNINGS)
-        for value in (kept if type(kept) in (list, tuple) else kept.values() if isinstance(kept, dict) else (kept,))
-        if isinstance(value, Tensor) and id(value) not in own
-        if not (value.is_leaf and type(kept) in (list, tuple))
+        for value, listed in _tensors_in(kept)
+        if id(value) not in own and not (value.is_leaf and (listed or isinstance(value, nn.Parameter)))
     }
+
+
+def _tensors_in(kept: Any, depth: int = DEEPEST, *, listed: bool = False) -> Iterator[tuple[Tensor, bool]]:
+    """The tensors in an attribute, and whether each stands in something else than a dict."""
+    if isinstance(kept, Tensor):
+        yield kept, listed
+    elif depth and isinstance(kept, (*CONTAINERS, tuple)):
+        for part in parts_of(kept):
+            yield from _tensors_in(part, depth - 1, listed=not isinstance(kept, dict))
 
 
 def hollow_copy(model: nn.Module, device: str | None = None) -> nn.Module:

@@ -442,6 +442,32 @@ def test_code_may_keep_deques_sets_counters_and_named_tuples() -> None:
     assert (model.recent is kept, list(kept)) == (True, ["kept", "too"])
 
 
+class Noting(Net):
+    """Keeps what it has computed, with its history, in containers of containers and in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: dict[str, list[Any]] = {"means": []}
+        self.recent: deque[Any] = deque(maxlen=1)
+        self.notes = Notes()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.noted["means"], self.notes.last = [y.mean()], y
+        self.recent.append((y, [y]))
+        return y
+
+
+def test_a_network_may_have_been_called_that_keeps_what_it_computes() -> None:
+    model = Noting()
+    model(torch.rand(2, *IMAGE))
+    last = model.notes.last
+    network = capture_network(model, name="noting", input_shape=IMAGE, num_classes=4)
+    assert network.forward_macs == capture_network(Net(), name="net", input_shape=IMAGE, num_classes=4).forward_macs
+    find_groups(model, IMAGE)
+    assert model.notes.last is last is model.recent[0][0]
+
+
 REMEMBERED: dict[str, Any] = {}
 
 
