@@ -305,13 +305,21 @@ def test_code_that_asks_for_the_very_class_of_a_tensor_is_not_followed_elsewhere
         find_groups(Net(mix=lambda model, x: x.cumsum(1) if question(x) else x), IMAGE)
 
 
-def test_a_hook_cannot_hand_a_tensor_to_the_code() -> None:
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_hook_cannot_hand_a_tensor_to_the_code(*, listed: bool) -> None:
+    def leave(model: Any, output: Tensor) -> None:
+        if listed:
+            model.left.append(centred(output))
+        else:
+            model.left = centred(output)
+
     def prepare(model: Any) -> None:
-        model.left = torch.zeros(2, 1, 6, 6)  # of an earlier call
-        model.a.register_forward_hook(lambda module, inputs, output: setattr(model, "left", centred(output)))
+        earlier = torch.zeros(2, 1, 6, 6)
+        model.left = deque([earlier], maxlen=1) if listed else earlier
+        model.a.register_forward_hook(lambda module, inputs, output: leave(model, output))
 
     with pytest.raises(UnsupportedModelError, match=r"a hook leaves a tensor in Net.left, which the code of Net reads"):
-        find_groups(Net(prepare, mix=lambda model, x: x + model.left), IMAGE)
+        find_groups(Net(prepare, mix=lambda model, x: x + (model.left[0] if listed else model.left)), IMAGE)
 
 
 def test_a_hook_that_takes_itself_off_does_so_in_the_copy_alone() -> None:
