@@ -354,12 +354,12 @@ def _run_notes(trace: Trace, pace: _Pace, odd: Sequence[int]) -> list[str]:
 def _unsteady(trace: Trace) -> str | None:
     """What the run's own measurements say of how well anything could predict them; None where they were steady.
 
-    Epochs of one architecture, mini-batch and regulariser do the same work: what their mean steps differ by is the
-    machine, and no prediction is meant to follow it.
+    Epochs of one architecture, mini-batch, regulariser and number of ranks do the same work: what their mean steps
+    differ by is the machine, and no prediction is meant to follow it.
     """
-    alike: dict[tuple[str, int, int, bool], list[float]] = {}
+    alike: dict[tuple[object, ...], list[float]] = {}
     for epoch in trace.epochs[1:]:  # the first one warms up
-        key = (epoch.architecture, epoch.batch_per_gpu, epoch.passes, epoch.regularized)
+        key = (epoch.architecture, epoch.batch_per_gpu, epoch.passes, epoch.regularized, epoch.world_size)
         alike.setdefault(key, []).append((epoch.time.wall_s - epoch.time.data_wait_s) / epoch.num_iterations)
     ratio = max((max(steps) / min(steps) for steps in alike.values() if min(steps) > 0), default=1.0)
     if ratio <= STEADY:
@@ -426,7 +426,8 @@ def fit_power_model(trace: Trace, num_epochs: int | None = None) -> PowerModel |
         profile = find_profile(network, trace.profiles, setting.one_pass)
         power_w = epoch.mean_power_w
         if profile is not None and power_w is not None and is_plausible(device, power_w):
-            step = step_of_profile(network, profile, regularizer=epoch.regularized).accumulated(setting.passes)
+            step = step_of_profile(network, profile, regularizer=epoch.regularized).summing(setting)
+            step = step.accumulated(setting.passes)
             waiting_s = max(epoch.time.wall_s / epoch.num_iterations - step.compute_s, 0.0)
             samples.append(PowerSample(step=step, waiting_s=waiting_s, power_w=power_w))
     return fit_power(device, samples) if samples else None

@@ -50,7 +50,7 @@ def measured_step(network: Network, profiles: Iterable[Profile], setting: StepSe
         raise MissingMeasurementError(
             f"the profile of {network.name} ({network.id}) was taken without the regulariser: a step with it is unknown"
         )
-    return step_of_profile(network, profile, regularizer=setting.regularizer is not None)
+    return step_of_profile(network, profile, regularizer=setting.regularizer is not None).summing(setting)
 
 
 def step_of_profile(network: Network, profile: Profile, *, regularizer: bool) -> StepTime:

@@ -12,6 +12,7 @@ the scratch of oneDNN's slower kernels.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -89,7 +90,7 @@ def iteration_memory(
         setting: how a step is run. channels_last spares the layout copies around tensor-core convolutions; on several
             GPUs DistributedDataParallel's buckets hold the gradients all the time (gradient_as_bucket_view), and so do
             gradients that accumulate over several passes, whole, since the last pass alone reduces them. Else sharded
-            gradients leave one bucket and the GPU's own share.
+            gradients leave the GPU's own share and two buckets: one fills while that before it is reduced.
         device: a GPU adds workspaces and rounding; None and a CPU are tensors alone.
         buckets: of the gradients; None for those of DDP's own caps.
 
@@ -113,8 +114,9 @@ def iteration_memory(
     gradients = learnt if held else 0
     if setting.sharding == "zero2" and setting.passes == 1:
         used = ddp_buckets(network) if buckets is None else buckets
-        largest = max((bucket.num_bytes for bucket in used), default=0)
-        gradients = min(gradients, _share(learnt, shared) + largest)
+        sizes = (0, *(bucket.num_bytes for bucket in used))
+        neighbours = max((reduced + filling for reduced, filling in itertools.pairwise(sizes)), default=0)
+        gradients = min(gradients, _share(learnt, shared) + neighbours)
     copies = seen.weight_copy_bytes
     kept = seen.kept_fixed_bytes + batch * seen.kept_image_bytes - copies
     highest = _highest(seen, network, batch, memory_format=memory_format, buckets=held)

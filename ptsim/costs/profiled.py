@@ -139,7 +139,7 @@ class _Device:
             for layer, (forward, backward) in zip(network.layers, estimates, strict=True)
         )
         total_s = sum(t.forward_s + t.backward_s for t in layers) + optimizer_s + regularizer_s + overhead_s
-        return StepTime(
+        step = StepTime(
             layers=layers,
             optimizer_s=optimizer_s,
             regularizer_s=regularizer_s,
@@ -149,6 +149,7 @@ class _Device:
             tier=Tier.PROFILED,
             data_parallel=any(step.data_parallel for step in ([measured] if measured else self._steps)),
         )
+        return step.summing(setting)
 
     def _layers(self, network: Network, batch: int, *, whole: bool) -> list[tuple[Estimate, Estimate]]:
         """Of all layers; the `whole` step can be shared out among those that were timed, if there are any."""

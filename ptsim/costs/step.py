@@ -73,7 +73,7 @@ def _measured(network: Network, device: Device, setting: StepSetting, known: Mea
         return None
     if known.ran(setting) != setting or (setting.regularizer and profile.regularizer_s <= 0):
         return None
-    return step_of_profile(network, profile, regularizer=setting.regularizer is not None)
+    return step_of_profile(network, profile, regularizer=setting.regularizer is not None).summing(setting)
 
 
 def _profiled(network: Network, device: Device, setting: StepSetting, known: Measurements) -> StepTime | None:
@@ -88,7 +88,8 @@ def _scaled(network: Network, device: Device, setting: StepSetting, known: Measu
     if nearest.regularizer_s <= 0:
         ran = msgspec.structs.replace(ran, regularizer=None)
     there, here = datasheet_step(network, device, setting), datasheet_step(network, source, ran)
-    return scaled_step(network, nearest, here=here, there=there, regularizer=setting.regularizer is not None)
+    step = scaled_step(network, nearest, here=here, there=there, regularizer=setting.regularizer is not None)
+    return step.summing(setting)
 
 
 def _datasheet(network: Network, device: Device, setting: StepSetting, known: Measurements) -> StepTime | None:

@@ -7,10 +7,12 @@ import msgspec
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Device
 from ptsim.network import PRODUCTS, LayerKind
+from ptsim.optimizers import kind_of
 from ptsim.setting import StepSetting
 from ptsim.trace.schema import Profile
 
 Z90 = 1.645  # standard deviations from the mean to either end of the middle 90 % of a normal distribution
+SUM_ACCESSES = 3  # values that the sum of two gradients moves for every parameter: two are read, one is written
 
 
 class LayerTime(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +38,8 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
             it down.
         whole_s: part of `optimizer_s`: what a GPU does for all parameters whatever part of them it updates. Casts of
             weights and gradients to and from half precision, and where there are several passes `again_s`.
-        again_s: what every pass but the first takes besides: gradients that are added up, and casts.
+        again_s: what every pass but the first takes besides: gradients that are added up, and casts where they are not
+            in the passes already.
     """
 
     layers: tuple[LayerTime, ...]
@@ -92,6 +95,16 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
             passes=passes,
         )
         return self._as_wide(step)
+
+    def summing(self, setting: StepSetting) -> StepTime:
+        """A measured step of one pass, with what a further pass takes to add its gradients to those that are there.
+
+        Nobody measured that: a value is taken to move as fast as one of the update, which was measured. Casts are part
+        of the passes.
+        """
+        moved = kind_of(setting).moved(setting.momentum)
+        again_s = SUM_ACCESSES / moved * self.optimizer_s if moved else 0.0
+        return msgspec.structs.replace(self, again_s=again_s)
 
     def updating(self, share: float) -> StepTime:
         """The step of a GPU that updates this share of the parameters, as where the optimizer's state is sharded.

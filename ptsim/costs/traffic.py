@@ -15,6 +15,7 @@ from ptsim.costs.kernels import (
     Pass,
     network_kernels,
 )
+from ptsim.costs.times import SUM_ACCESSES
 from ptsim.network import LayerKind, Network
 from ptsim.optimizers import OPTIMIZERS, OptimizerKind
 from ptsim.setting import StepSetting
@@ -77,9 +78,14 @@ def cast_bytes(network: Network, setting: StepSetting) -> int:
     return 12 * network.num_learnt if setting.half else 0
 
 
-def again_bytes(network: Network, setting: StepSetting) -> int:
-    """What every further pass of a step moves: its casts, and the sum of gradients, which reads two and writes one.
+def sum_bytes(network: Network) -> int:
+    """What adding the gradients of a further pass to those that are there moves: two are read, one is written.
 
-    Source: torch/csrc/autograd/functions/accumulate_grad.h; autocast forgets its casts at the end of a pass.
+    Source: torch/csrc/autograd/functions/accumulate_grad.h.
     """
-    return 12 * network.num_learnt + cast_bytes(network, setting)
+    return SUM_ACCESSES * network.gradient_bytes
+
+
+def again_bytes(network: Network, setting: StepSetting) -> int:
+    """What every further pass of a step moves: its casts, which autocast forgets at the end of a pass, and its sum."""
+    return sum_bytes(network) + cast_bytes(network, setting)

@@ -34,7 +34,7 @@ from ptsim.costs.flops import layer_macs
 from ptsim.costs.measured import find_profile, step_of_profile
 from ptsim.costs.scaling import tensor_seconds
 from ptsim.costs.times import StepTime
-from ptsim.costs.traffic import network_traffic, update_traffic
+from ptsim.costs.traffic import network_traffic, sum_bytes, update_traffic
 from ptsim.criteria import step_penalty
 from ptsim.errors import UsageError
 from ptsim.export import protobuf
@@ -114,6 +114,7 @@ class _StepBuilder:
     def __init__(self, network: Network, setting: StepSetting, step: StepTime | None, tensor_s: float) -> None:
         self.network, self.setting = network, setting
         self.batch, self.step = setting.pass_batch, None if step is None else step.accumulated(1)
+        self._whole = None if step is None else step.accumulated(setting.passes)
         names = (layer.name for layer in network.layers)
         self._traffic = dict(zip(names, network_traffic(network, setting.one_pass), strict=True))
         self.nodes: list[Node] = []
@@ -132,12 +133,16 @@ class _StepBuilder:
         self._backward(self._forward(), buckets, overlap)
 
     def update(self) -> None:
-        """The regulariser and the optimizer, which wait for every gradient; of its own share where that is sharded."""
+        """The regulariser and the optimizer, which wait for every gradient; of its own share where that is sharded.
+
+        The sums of the gradients of several passes, which are all of a GPU's, count here.
+        """
         self._prefix, self._times = "", 1
         share = self.setting.update_share
-        seconds = self.step.updating(share).optimizer_s + self.step.regularizer_s if self.step else 0.0
+        seconds = self._whole.updating(share).optimizer_s + self._whole.regularizer_s if self._whole else 0.0
         num_bytes = update_traffic(self.network, kind_of(self.setting), momentum=self.setting.momentum)
         num_bytes = round(share * num_bytes) + step_penalty(self.network, self.setting, gpu=True).num_bytes
+        num_bytes += (self.setting.passes - 1) * sum_bytes(self.network)
         updated = self._add("optimizer", set(self._reduced) or self._done, seconds, 0, num_bytes)
         if self._sharded and self._reduced:
             own_bytes = -(-self.network.gradient_bytes // self.setting.num_gpus)
@@ -255,14 +260,14 @@ def write_chakra(
     Args:
         trace: of a run, complete or not.
         out: the folder.
-        num_gpus: ranks; None means as many as were recorded, but at least two, because a single one reduces nothing.
+        num_gpus: ranks; None means the most that were recorded, but at least two, because a single one reduces nothing.
         sharding: as `StepSetting.sharding`.
 
     Raises:
         UsageError: no epochs, no GPUs or too many, no such sharding, or a folder that cannot be written or holds files
             of more ranks.
     """
-    ranks = max(trace.run.world_size, 2) if num_gpus is None else num_gpus
+    ranks = max(*trace.world_sizes, 2) if num_gpus is None else num_gpus
     shared = parse_sharding(sharding)
     if not 1 <= ranks <= _MOST_RANKS:
         raise UsageError(f"gpus is {ranks:,}, expected 1 to {_MOST_RANKS:,}: every rank is a file per architecture")
@@ -314,7 +319,7 @@ def _step_content(trace: Trace, epoch: Epoch, ranks: int, sharding: Sharding) ->
     setting = msgspec.structs.replace(trace.setting_of(epoch), num_gpus=ranks, sharding=sharding)
     profile, step = find_profile(network, trace.profiles, setting.one_pass), None
     if profile is not None:
-        step = step_of_profile(network, profile, regularizer=epoch.regularized)
+        step = step_of_profile(network, profile, regularizer=epoch.regularized).summing(setting)
     tensor_s = tensor_seconds(ranks, on_gpus=trace.run.device.kind == "cuda")
     hooks = ", hooks of gradients fitted" if tensor_s else ""
     return encode_trace(

@@ -408,7 +408,7 @@ def _measurement(
         num_layers=(len(shaped) or len(typical.calls)) // passes,
         num_samples=len(steps),
         forward_s=typical.forward_s / passes,
-        backward_s=typical.backward_s / passes,
+        backward_s=(typical.backward_s - typical.summed_s) / passes,
         optimizer_s=typical.optimizer_s,
         regularizer_s=None,
         step_s=typical.compute_s,

@@ -46,7 +46,8 @@ class Step(msgspec.Struct, kw_only=True):
     """One training step of a recording; what the fields mean is said at `kineto.RankTimes`.
 
     `passes` forward and backward passes make its gradients; they are in its times and calls, `parameters` are of one.
-    `recomputed_s` of the backward pass went into activations that a checkpoint did not keep; no call has them.
+    `recomputed_s` of the backward pass went into activations that a checkpoint did not keep, `summed_s` into adding the
+    gradients of its second and later passes to those that were there; no call has them.
     """
 
     step_s: float
@@ -60,12 +61,13 @@ class Step(msgspec.Struct, kw_only=True):
     calls: list[Call]
     passes: int
     recomputed_s: float
+    summed_s: float
     parameters: list[int]  # elements of every gradient; 0 where shapes were not recorded
 
     @property
     def compute_s(self) -> float:
-        """One pass and the update, without exposed communication."""
-        return (self.forward_s + self.backward_s) / self.passes + (self.optimizer_s or 0.0)
+        """One pass, whose gradients are added to none, and the update; without exposed communication."""
+        return (self.forward_s + self.backward_s - self.summed_s) / self.passes + (self.optimizer_s or 0.0)
 
 
 def read_steps(recording: Recording) -> list[Step]:
@@ -315,6 +317,7 @@ def _step(recording: Recording, window: Span) -> Step:
     updates = _updates(recording, window)
     gradients = [event for event in host if event.name == _ACCUMULATE]
     sizes = [operators.number_of_elements(event) for event in gradients]
+    of_one = len(gradients) // len(passes)
     on_device = _launched(recording, window) if recording.on_gpu else []
     work = on_device if recording.on_gpu else host
     collectives = union(event.span for event in work if event.is_collective)
@@ -347,7 +350,8 @@ def _step(recording: Recording, window: Span) -> Step:
         calls=calls,
         passes=len(passes),
         recomputed_s=_busy_s(recording, [event for node in backward for event in _recomputed(node)]),
-        parameters=sizes[: len(sizes) // len(passes)],
+        summed_s=_busy_s(recording, gradients[of_one:]) if len(passes) > 1 else 0.0,
+        parameters=sizes[:of_one],
     )
 
 

@@ -17,7 +17,7 @@ import platform
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -33,6 +33,7 @@ _COUNTER_LAG_S = 1.0  # by which the board's energy counter may lag behind the c
 _POWER_INSTANT = 186  # nvml.h, NVML_FI_DEV_POWER_INSTANT: in mW
 
 _T = TypeVar("_T")
+Span = tuple[float, float]  # seconds: begin, end
 
 
 class Meter(Protocol):
@@ -44,10 +45,10 @@ class Meter(Protocol):
     def start(self) -> None:
         """Begin a measurement; forgets one that is under way."""
 
-    def stop(self, until_s: float | None = None) -> DeviceUse | None:
+    def stop(self, until_s: float | None = None, without: Sequence[Span] = ()) -> DeviceUse | None:
         """End the measurement; None where nothing was started or the device has no meter.
 
-        What was used after `until_s`, by `time.perf_counter`, does not count.
+        What was used after `until_s`, or in the spans `without`, does not count; by `time.perf_counter`.
         """
 
 
@@ -96,7 +97,7 @@ class NullMeter:
     def start(self) -> None:
         """Nothing to start."""
 
-    def stop(self, until_s: float | None = None) -> DeviceUse | None:
+    def stop(self, until_s: float | None = None, without: Sequence[Span] = ()) -> DeviceUse | None:
         """Nothing was measured."""
         return None
 
@@ -137,8 +138,8 @@ class NvmlMeter:
         self._energy_before_j = self._energy_j()
         self._sampler = _Sampler(self._sample, self._interval_s)
 
-    def stop(self, until_s: float | None = None) -> DeviceUse | None:
-        """Means of the samples from `start` to `until_s`, the energy and the largest memory in use."""
+    def stop(self, until_s: float | None = None, without: Sequence[Span] = ()) -> DeviceUse | None:
+        """Means of the samples from `start` to `until_s` outside the spans, energy, and the largest memory in use."""
         samples = self._stop_sampling()
         if samples is None:
             return None
@@ -146,10 +147,11 @@ class NvmlMeter:
         points = _whole([(s.time_s, s.power_w) for s in samples if s.power_w is not None], samples)
         until_s = samples[-1].time_s if until_s is None else max(until_s, samples[0].time_s)
         if energy_j is None:
-            energy_j = _integral(points, until_s)
+            energy_j = _integral(points, until_s, without)
         else:
-            energy_j *= _share(points if len(points) > 1 else [(s.time_s, 1.0) for s in samples], until_s)
-        samples = [s for s in samples if s.time_s <= until_s]
+            energy_j *= _share(points if len(points) > 1 else [(s.time_s, 1.0) for s in samples], until_s, without)
+        left_out = [*without, (until_s, math.inf)]
+        samples = [s for s in samples if not any(begin < s.time_s <= end for begin, end in left_out)]
         memory = [s.memory_bytes for s in samples if s.memory_bytes is not None]
         return DeviceUse(
             energy_j=energy_j,
@@ -327,10 +329,15 @@ def _whole(points: list[tuple[float, float]], samples: list[_Sample]) -> list[tu
     return [(samples[0].time_s, points[0][1]), *points, (samples[-1].time_s, points[-1][1])]
 
 
-def _integral(points: list[tuple[float, float]], until_s: float) -> float | None:
-    """Trapezoidal sum of (seconds, watts) up to `until_s`; None with fewer than two points."""
+def _integral(points: list[tuple[float, float]], until_s: float, without: Sequence[Span] = ()) -> float | None:
+    """Trapezoidal sum of (seconds, watts) up to `until_s`, outside the spans; None with fewer than two points."""
     if len(points) < 2:
         return None
+    spans = ((min(begin, until_s), min(end, until_s)) for begin, end in without)
+    return _sum(points, until_s) - math.fsum(_sum(points, end) - _sum(points, begin) for begin, end in spans)
+
+
+def _sum(points: list[tuple[float, float]], until_s: float) -> float:
     total = 0.0
     for (t0, p0), (t1, p1) in itertools.pairwise(points):
         part_s = min(t1, until_s) - t0
@@ -339,7 +346,7 @@ def _integral(points: list[tuple[float, float]], until_s: float) -> float | None
     return total
 
 
-def _share(points: list[tuple[float, float]], until_s: float) -> float:
-    """The part of the sum over all points that lies before `until_s`; all of it where the sum is 0."""
-    part, whole = _integral(points, until_s), _integral(points, math.inf)
+def _share(points: list[tuple[float, float]], until_s: float, without: Sequence[Span] = ()) -> float:
+    """The part of the sum over all points that `_integral` counts; all of it where the sum is 0."""
+    part, whole = _integral(points, until_s, without), _integral(points, math.inf)
     return part / whole if part is not None and whole else 1.0

@@ -38,6 +38,7 @@ from ptsim.trace.schema import LayerProfile, Profile
 NUM_WARM_UP = 2  # the first step allocates and lets cuDNN choose; the second is the first of the usual kind
 NUM_STEPS = 5
 NUM_LAYERED_STEPS = 3
+_MANY_STEPS = 20  # from which on a range of steps leaves out the fastest and the slowest ones
 
 # torch's types of the formats that autocast uses.
 HALF_TYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
@@ -260,8 +261,10 @@ def match_layers(graph: fx.GraphModule, network: Network) -> dict[fx.Node, str]:
 
 
 def _rank(steps: list[tuple[float, ...]], fraction: float) -> float:
-    """That quantile of the steps' seconds; of fewer than twenty the fastest and the slowest."""
+    """That quantile of the steps' seconds; of fewer than twenty the fastest or the slowest."""
     ordered = sorted(step[-1] for step in steps)
+    if len(ordered) < _MANY_STEPS:
+        fraction = round(fraction)
     return ordered[round(fraction * (len(ordered) - 1))]
 
 

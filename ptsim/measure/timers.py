@@ -36,9 +36,11 @@ class StepTimer:
 
     Attributes:
         last_step_s: when the device had done the last iteration, by `time.perf_counter`; None before `finish`.
+        judged: from when to when validation ran between two steps, by the same clock; empty before `finish`.
     """
 
     last_step_s: float | None = None
+    judged: tuple[tuple[float, float], ...] = ()
 
     def __init__(self, device: torch.device | str) -> None:
         """Waits for what the device still has to do, so that it is not counted here."""
@@ -108,6 +110,8 @@ class StepTimer:
         if at_last_step:
             wall_s = boundaries[-1] - boundaries[0]
         judged = [(instants[begin], instants[end]) for begin, end in self._phases["validation"]]
+        origin_s = self._started_s - boundaries[0]
+        self.judged = tuple((origin_s + begin, origin_s + end) for begin, end in judged)
         durations = [
             after - before - sum(end - begin for begin, end in judged if before < end <= after)
             for before, after in itertools.pairwise(boundaries)

@@ -93,6 +93,8 @@ class _Run:
         self.env = simpy.Environment()
         self.work_s, self.num_gpus, self.faults, self.random = work_s, num_gpus, faults, random
         self.gpus_per_node = min(gpus_per_node, num_gpus)
+        self.rest = num_gpus % self.gpus_per_node  # GPUs of a last node that is not full; 0: all are
+        self.rest_is_away = False
         self.num_away = 0  # GPUs out of service
         self.repaired = self.env.event()
         self.num_failures = 0
@@ -127,13 +129,22 @@ class _Run:
             self.num_failures += 1
             self.lost_s += failure
             if faults.policy == "elastic":
-                self.num_away += self.gpus_per_node
-                env.process(self._repair())
+                env.process(self._repair(self._leave(working)))
             yield env.timeout(faults.restart_s)
             self.restart_s += faults.restart_s
 
-    def _repair(self) -> Process:
+    def _leave(self, working: int) -> int:
+        """Take away the node of one of the `working` GPUs, each as likely as the others; gives its number of GPUs."""
+        size, rest = self.gpus_per_node, 0 if self.rest_is_away else self.rest
+        if rest and (rest == working or self.random.random() * working < rest):
+            size, self.rest_is_away = rest, True
+        self.num_away += size
+        return size
+
+    def _repair(self, size: int) -> Process:
+        """Bring a node of so many GPUs back when its time has come."""
         yield self.env.timeout(self.faults.repair_s)
-        self.num_away -= self.gpus_per_node
+        self.num_away -= size
+        self.rest_is_away = self.rest_is_away and size != self.rest
         self.repaired.succeed()
         self.repaired = self.env.event()

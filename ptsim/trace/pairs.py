@@ -303,7 +303,7 @@ def first_epochs(trace: Trace, count: int) -> Trace:
 
 
 def held_dense(trace: Trace) -> Trace:
-    """The run's first architecture, mini-batch and passes, held for all its epochs without regulariser.
+    """The run's first architecture, mini-batch, passes and ranks, held for all its epochs without regulariser.
 
     Times of the held epochs are those of the median recorded epoch of that architecture, less its regulariser; its GPU
     takes the same power.
@@ -360,9 +360,9 @@ def _in_seconds(epoch: Epoch, wall_s: float) -> DeviceUse | None:
     return msgspec.structs.replace(use, energy_j=use.energy_j * wall_s / epoch.time.wall_s)
 
 
-def _work(epoch: Epoch) -> tuple[str, int, int]:
-    """What a step computes, but for the penalty."""
-    return epoch.architecture, epoch.batch_per_gpu, epoch.passes
+def _work(epoch: Epoch) -> tuple[str, int, int, int]:
+    """What a step computes, but for the penalty, and among how many ranks."""
+    return epoch.architecture, epoch.batch_per_gpu, epoch.passes, epoch.world_size
 
 
 def _method(trace: Trace) -> str:

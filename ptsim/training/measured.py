@@ -163,7 +163,7 @@ def measure_epoch(
 ) -> Measured:
     """Stop the epoch's clocks and meters; what has passed since the last update counts as validation.
 
-    Neither energy nor memory is that of validation behind the last update.
+    Neither energy nor memory is that of validation, between two updates or behind the last one.
 
     Raises:
         UsageError: no training step, or no image, was seen, nor had it an `earlier` part.
@@ -180,7 +180,7 @@ def measure_epoch(
         num_reductions=reductions,
         time=None if times is None else epoch_time(times[0], communication, reductions, validation_s),
         step=None if times is None else times[1],
-        use=meter.stop(until_s=last_step_s),
+        use=meter.stop(until_s=last_step_s, without=watch.judged),
         peak_bytes=watch.memory.total(),
     )
     return earlier.joined(measured)

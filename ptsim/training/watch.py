@@ -54,6 +54,7 @@ class Watch:
         num_reductions: those of them whose gradients a DistributedDataParallel reduced.
         last_step_s: when this epoch's last update ended, by `time.perf_counter`; None before the first. On a GPU it is
             when the host had launched it, until `finish` knows when the GPU had done it.
+        judged: from when to when validation ran between two of its updates, by the same clock; known from `finish` on.
         memory: the most that this epoch's training passes took.
         precision, memory_format: of the last training pass.
         image_shape: of the last training pass; None before it, or where the network is given no images.
@@ -205,7 +206,7 @@ class Watch:
         if (timer := self._timer) is None or not timer.num_steps:
             return None
         times = timer.finish(at_last_step=True)
-        self.last_step_s = timer.last_step_s
+        self.last_step_s, self.judged = timer.last_step_s, timer.judged
         return times
 
     def finish(self) -> tuple[EpochTime, StepDistribution] | None:
@@ -267,6 +268,7 @@ class Watch:
         self._usual_before = self.usual_step
         self._images_of_steps.clear()
         self.last_step_s = None
+        self.judged: tuple[tuple[float, float], ...] = ()
 
     @property
     def seen(self) -> Seen:

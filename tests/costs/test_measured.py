@@ -45,15 +45,17 @@ def test_the_interval_is_the_range_of_the_whole_steps():
     assert (step.low_s, step.high_s) == pytest.approx((0.9 * PROFILE.step_s, 1.3 * PROFILE.step_s))
 
 
-def test_a_step_in_three_passes_is_three_measured_passes_with_one_penalty_and_update():
+def test_a_step_in_three_passes_is_three_measured_passes_with_two_sums_one_penalty_and_one_update():
     parts = {"forward_s": 1.0, "backward_s": 2.0, "optimizer_s": 0.5, "regularizer_s": 0.25, "step_s": 4.0}
     profile = msgspec.structs.replace(PROFILE, **parts, step_low_s=3.0, step_high_s=5.0)
     setting = msgspec.structs.replace(fp32(190, regularizer="group_lasso"), passes=3)  # two passes of 64, one of 62
     step = measured_step(NETWORK, [profile], setting)
-    # What is left of the 4 s, 0.25 s, is paid by every pass: 3 · (1 + 2 + 0.25) + 0.5 + 0.25.
-    assert step.compute_s == pytest.approx(10.5)
-    assert (step.forward_s, step.backward_s, step.optimizer_s) == pytest.approx((3.0, 6.0, 0.5))
-    assert (step.low_s, step.high_s) == pytest.approx((10.5 * 3 / 4, 10.5 * 5 / 4))
+    # An update with momentum moves 11 values of every parameter in 0.5 s; a sum of two gradients, of which there are
+    # two, moves 3. What is left of the 4 s, 0.25 s, is paid by every pass: 3 · (1 + 2 + 0.25) + 0.5 + 0.25.
+    sums_s = 2 * 0.5 * 3 / 11
+    assert step.compute_s == pytest.approx(10.5 + sums_s)
+    assert (step.forward_s, step.backward_s, step.optimizer_s) == pytest.approx((3.0, 6.0, 0.5 + sums_s))
+    assert (step.low_s, step.high_s) == pytest.approx(((10.5 + sums_s) * 3 / 4, (10.5 + sums_s) * 5 / 4))
     assert step.accumulated(1).compute_s == pytest.approx(4.0)
 
 

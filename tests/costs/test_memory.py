@@ -11,7 +11,7 @@ from torch import nn
 from analysis.check_counts import Subject, agreement, compare, kept_bytes, peak_bytes, subject, torch_macs
 from ptsim import zoo
 from ptsim.capture.network import capture_network
-from ptsim.costs.buckets import ddp_buckets
+from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.flops import inference_macs, training_macs
 from ptsim.costs.memory import MemoryNeed, fallback_scratch, iteration_memory, largest_batch, usable_bytes
 from ptsim.errors import UnknownNameError
@@ -314,23 +314,22 @@ def test_every_part_of_the_need_is_the_sum_made_by_hand(
 
 @pytest.mark.parametrize(
     ("num_gpus", "passes", "expected"),
-    [(8, 1, 200_000 + 1_200_000), (2, 1, 1_600_000), (8, 2, 1_600_000)],  # all of them add up before they are reduced
+    [(8, 1, 10_700_000 + 56_000_000), (2, 1, 85_600_000), (8, 2, 85_600_000)],  # all add up before they are reduced
 )
-def test_sharded_gradients_leave_a_share_and_the_largest_bucket_and_never_more_than_all(
+def test_sharded_gradients_leave_a_share_and_two_neighbouring_buckets_and_never_more_than_all(
     num_gpus: int, passes: int, expected: int
 ) -> None:
-    """1,200,000 bytes close the first bucket, 400,000 are left for the second."""
-    parameters = tuple(Parameter(name=f"p{n}", layer="l", shape=(n,)) for n in (300_000, 100_000))
+    """1.2 MB close the first bucket, 28 MB each of three more, 0.4 MB are left; one fills while another is reduced."""
+    sizes = (300_000, 7_000_000, 7_000_000, 7_000_000, 100_000)
+    parameters = tuple(Parameter(name=f"p{i}", layer="l", shape=(size,)) for i, size in enumerate(sizes))
     setting = StepSetting(batch=5, num_gpus=num_gpus, passes=passes, sharding="zero2")
     assert iteration_memory(by_hand(parameters=parameters), setting).gradient_bytes == expected
 
 
 @pytest.mark.parametrize(
-    ("caps", "largest"), [(None, 1_200_000), ((2**20, 10), 1_200_000), ((10, 10), 400_000), ((500_000, 10), 800_000)]
+    ("caps", "two"), [(None, 1_600_000), ((2**20, 10), 1_600_000), ((10, 10), 800_000), ((500_000, 10), 1_200_000)]
 )
-def test_sharded_gradients_leave_the_largest_of_the_buckets_that_are_asked_for(
-    caps: tuple[int, int] | None, largest: int
-) -> None:
+def test_sharded_gradients_leave_two_of_the_buckets_that_are_asked_for(caps: tuple[int, int] | None, two: int) -> None:
     """Four tensors of 400,000 bytes: three reach 1 MiB, two reach 500,000, and one reaches 10; 1/8 is a GPU's own."""
     parameters = tuple(Parameter(name=f"p{i}", layer="l", shape=(100_000,)) for i in range(4))
     network = by_hand(parameters=parameters)
@@ -338,9 +337,19 @@ def test_sharded_gradients_leave_the_largest_of_the_buckets_that_are_asked_for(
     setting = StepSetting(batch=5, num_gpus=8, sharding="zero2")
     plain = iteration_memory(network, msgspec.structs.replace(setting, sharding="zero1"), buckets=buckets)
     need = iteration_memory(network, setting, buckets=buckets)
-    assert need.gradient_bytes == 200_000 + largest
-    assert plain.peak_bytes - need.peak_bytes == plain.gradient_bytes - need.gradient_bytes == 1_400_000 - largest
+    assert need.gradient_bytes == min(200_000 + two, 1_600_000)
+    assert plain.peak_bytes - need.peak_bytes == plain.gradient_bytes - need.gradient_bytes == max(1_400_000 - two, 0)
     assert largest_batch(network, setting, capacity_bytes=need.device_bytes, buckets=buckets) == 5
+
+
+@pytest.mark.parametrize(
+    ("sizes", "two"), [((), 0), ((900,), 900), ((800, 100, 700), 900), ((100, 700, 800), 1500), ((800, 100, 0), 900)]
+)
+def test_the_two_buckets_of_a_sharded_gradient_are_neighbours(sizes: tuple[int, ...], two: int) -> None:
+    network = by_hand(parameters=(Parameter(name="p", layer="l", shape=(400,)),))
+    buckets = [Bucket(parameters=(), num_bytes=size, ready_layer="l") for size in sizes]
+    setting = StepSetting(batch=5, num_gpus=16, sharding="zero2")
+    assert iteration_memory(network, setting, buckets=buckets).gradient_bytes == 100 + two
 
 
 FROZEN = {"weight_needs_gradient": False, "input_needs_gradient": False}

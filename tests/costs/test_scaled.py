@@ -238,11 +238,33 @@ def test_a_profile_in_a_precision_that_its_device_cannot_have_is_carried_nowhere
     assert tier_of(PROFILE, A100, precision=Precision.BF16) is Tier.DATASHEET
 
 
-def test_a_step_in_passes_is_that_many_of_a_part_of_the_mini_batch():
-    """An update with momentum moves 11 numbers a parameter; three sums of gradients move 3 each."""
-    one, four = (step_time(NETWORK, A100, StepSetting(batch=n, passes=k)) for n, k in ((16, 1), (62, 4)))
+def measured_at(batch):
+    return Measurements(profiles=(profile_of(NETWORK, batch=batch, device=device_info()),), source_device=A100)
+
+
+CALIBRATED = msgspec.structs.replace(calibrated(NETWORK), device="NVIDIA A100-SXM4-40GB")
+
+
+@pytest.mark.parametrize(
+    ("known", "tier"),
+    [
+        (None, Tier.DATASHEET),
+        (measured_at(32), Tier.MEASURED),
+        (measured_at(64), Tier.SCALED),
+        (Measurements(device_profile=CALIBRATED), Tier.PROFILED),
+    ],
+)
+@pytest.mark.parametrize(("momentum", "moved"), [(None, 11), (0.0, 6)])
+def test_a_step_in_passes_is_that_many_of_a_part_of_the_mini_batch(known, tier, momentum, moved):
+    """An update with momentum moves 11 numbers a parameter, without one 6; three sums of gradients move 3 each."""
+    one, four = (
+        step_time(NETWORK, A100, StepSetting(batch=n, passes=k, momentum=momentum), measurements=known)
+        for n, k in ((32, 1), (126, 4))
+    )
+    assert one.tier is tier
     assert four.forward_s == pytest.approx(4 * one.forward_s)
-    assert (four.passes, four.optimizer_s) == (4, pytest.approx(20 / 11 * one.optimizer_s))
+    assert (four.passes, four.optimizer_s) == (4, pytest.approx((moved + 9) / moved * one.optimizer_s))
+    assert four.whole_s == pytest.approx(four.optimizer_s - one.optimizer_s)  # whatever a GPU updates of its own
 
 
 def test_what_no_device_can_do_is_refused():

@@ -372,6 +372,7 @@ def test_passes_before_the_last_one_come_first_and_reduce_nothing() -> None:
         low_s=0.0,
         high_s=0.0,
         tier="measured",
+        again_s=3e-6,
     )
     setting = StepSetting(batch=24, passes=3, num_gpus=2)
     nodes = step_nodes(network, setting, step=step)
@@ -379,7 +380,7 @@ def test_passes_before_the_last_one_come_first_and_reduce_nothing() -> None:
         ("earlier conv.forward", 4), ("earlier relu.forward", 2), ("earlier fc.forward", 2), ("earlier loss", 2),
         ("earlier fc.backward", 4), ("earlier relu.backward", 2), ("earlier conv.backward", 8),
         ("conv.forward", 2), ("relu.forward", 1), ("fc.forward", 1), ("loss", 1),
-        ("fc.backward", 2), ("relu.backward", 1), ("conv.backward", 4), ("all_reduce.0", 0), ("optimizer", 7),
+        ("fc.backward", 2), ("relu.backward", 1), ("conv.backward", 4), ("all_reduce.0", 0), ("optimizer", 7 + 2 * 3),
     ]  # fmt: skip
     by_name = {node.name: node for node in nodes}
     assert by_name["earlier conv.forward"].data_deps == ()
@@ -393,7 +394,7 @@ def test_passes_before_the_last_one_come_first_and_reduce_nothing() -> None:
     assert by_name["earlier relu.forward"].tensor_bytes == 2 * 4 * 8 * (32 + 32)
     assert by_name["earlier relu.forward"].num_ops == 2 * 8 * (32 + 32)
     assert by_name["earlier loss"].tensor_bytes == 2 * by_name["loss"].tensor_bytes == 2 * 3 * 4 * 8 * 2
-    assert by_name["optimizer"].tensor_bytes == 11 * 4 * (54 + 66)  # one update
+    assert by_name["optimizer"].tensor_bytes == (11 + 2 * 3) * 4 * (54 + 66)  # one update, and two sums of gradients
     assert step_nodes(network, setting, step=step.accumulated(3)) == nodes
 
 
@@ -405,6 +406,25 @@ def test_epochs_of_other_passes_are_another_step(tmp_path: Path) -> None:
     index = msgspec.json.decode((tmp_path / "out" / "index.json").read_bytes())
     assert [(entry["epochs"], entry["passes"]) for entry in index] == [([0], 1), ([1], 2)]
     assert len(two) == 2 * len(one) - 1  # both passes, and one optimizer
+
+
+def test_a_sum_of_measured_passes_takes_its_share_of_the_measured_update(tmp_path: Path) -> None:
+    """A second pass as long as the first, whose gradients are added at the pace of the update: 3 values of 11."""
+    trace = read_trace(dense_trace(tmp_path / "t.jsonl", epochs=1))
+    (profile,), (epoch,) = trace.profiles, trace.epochs
+    profile = msgspec.structs.replace(profile, optimizer_s=1.1e-3, step_s=profile.step_s + 1.1e-3)
+    epoch = msgspec.structs.replace(epoch, passes=2, batch_per_gpu=2 * epoch.batch_per_gpu)
+    trace = msgspec.structs.replace(trace, profiles=(profile,), epochs=(epoch,))
+    _, nodes = decode(write_chakra(trace, tmp_path / "out", num_gpus=1)[0])
+    (update,) = (node for node in nodes if node.name == "optimizer")
+    assert update.duration_micros == pytest.approx(1100 + 300, abs=1)
+
+
+def test_as_many_ranks_are_written_as_the_run_had_at_most(tmp_path: Path) -> None:
+    one, four = (read_trace(dense_trace(tmp_path / f"{n}.jsonl", world_size=n)) for n in (1, 4))
+    mixed = msgspec.structs.replace(one, epochs=(*one.epochs[:3], *four.epochs[3:]))
+    *files, _ = write_chakra(mixed, tmp_path / "out")
+    assert [file.name for file in files] == [f"step.{rank}.et" for rank in range(4)]
 
 
 def two_buckets(classes: int = 9000) -> Network:

@@ -465,3 +465,26 @@ def test_what_torch_records_of_accumulation_a_custom_function_and_a_closure_is_r
         assert step.optimizer_s is not None
         assert 0 < step.forward_s + step.backward_s + step.optimizer_s < step.step_s
         assert min(step.forward_s, step.backward_s, step.optimizer_s) > 0
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_pass_of_several_is_profiled_without_the_sums_of_their_gradients(tmp_path: Path, on_gpu: bool) -> None:
+    """Two passes of 2 ms forward and 3 ms backward; the second one's gradients are added to the first one's in 0.5 ms.
+
+    The host, where there is no GPU, takes 0.2 and 0.3 ms and 0.05 for the sum. The update takes 0.5 ms, or 0.2.
+    """
+    events = Events(on_gpu=on_gpu)
+    events.add("user_annotation", "ProfilerStep#0", (0.0, 3.0))
+    for begin, gpu, kernel in ((0.1, 0.0, None), (1.1, 6.0, (11.0, 0.5))):
+        events.layer((begin, 0.2), (begin + 0.2, 0.3), ((gpu, 2.0), (gpu + 2.0, 3.0)))
+        events.add("cpu_op", f"{NODE}torch::autograd::AccumulateGrad", (begin + 0.5, 0.05), tid=2)
+        gradient = {"Input Dims": [[8, 8, 3, 3]]}
+        events.add("cpu_op", "torch::autograd::AccumulateGrad", (begin + 0.5, 0.05), kernel, tid=2, **gradient)
+    events.update((2.0, 0.2), (12.0, 0.5))
+    (step,) = events.steps(tmp_path)
+    (profiled,) = events.imported(tmp_path).profile.steps
+    told = (step.passes, profiled.num_parameters, profiled.num_tensors)
+    assert told == (2, 576, 1)
+    both, each = ((4, 6.5, 0.5), (2, 3, 0.5, 5.5)) if on_gpu else ((0.4, 0.7, 0.2), (0.2, 0.325, 0.2, 0.725))
+    assert ms(step.forward_s, step.backward_s, step.optimizer_s) == pytest.approx(both)
+    assert ms(profiled.forward_s, profiled.backward_s, profiled.optimizer_s, profiled.step_s) == pytest.approx(each)

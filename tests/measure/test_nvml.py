@@ -239,9 +239,9 @@ class Board:
 
         return answer
 
-    def used(self, until_s=None):
+    def used(self, until_s=None, without=()):
         self.meter.start()
-        return self.meter.stop(until_s)
+        return self.meter.stop(until_s, without)
 
 
 def test_readings_become_si_units_and_means(monkeypatch):
@@ -332,3 +332,37 @@ def test_power_that_is_not_told_at_the_ends_is_that_of_the_nearest_reading(
         meter = Board(monkeypatch, energy_mj=(after_mj,)).meter
         meter._sampler, meter._energy_before_j = SimpleNamespace(finish=lambda: samples), before_j
         assert meter.stop(until_s).energy_j == (None if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize(
+    ("without", "until_s", "energy_j"),
+    [
+        ([(52.0, 54.0)], None, 2000 - 2 * 160),  # 100 W rise to 300 W in the ten seconds from 50 to 60
+        ([(51.0, 52.0), (58.0, 60.0)], None, 2000 - 130 - 2 * 280),
+        ([(52.0, 54.0), (57.0, 59.0)], 58.0, 8 * 180 - 2 * 160 - 250),  # the second one is over a second later
+        ([(52.0, 54.0), (59.0, 60.0)], 58.0, 8 * 180 - 2 * 160),
+        ([(50.0, 60.0)], None, 0),
+    ],
+)
+def test_what_was_used_while_the_run_was_judged_does_not_count(monkeypatch, without, until_s, energy_j):
+    """The counter's 2,500 J are shared out as the power is, or as the time is."""
+    assert Board(monkeypatch).used(until_s, without).energy_j == pytest.approx(energy_j)
+    counted = Board(monkeypatch, energy_mj=(1_000_000, 3_500_000)).used(until_s, without)
+    assert counted.energy_j == pytest.approx(2500 * energy_j / 2000)
+    dark = Board(monkeypatch, energy_mj=(1_000_000, 3_500_000), power_mw=(None, None)).used(until_s, without)
+    judged_s = sum(min(end, until_s or 60) - min(begin, until_s or 60) for begin, end in without)
+    assert dark.energy_j == pytest.approx(250 * ((until_s or 60) - 50 - judged_s))
+
+
+def test_samples_that_were_taken_while_the_run_was_judged_are_in_no_mean(monkeypatch):
+    """Readings at 0, 10, 20 and 30 s; the third one lies in a validation."""
+    unknown = dict.fromkeys(("sm_clock_hz", "memory_clock_hz", "temperature_c", "utilization"))
+    readings = ((100.0, 5), (200.0, 6), (900.0, 9), (300.0, 7))
+    samples = [
+        nvml._Sample(time_s=10.0 * i, power_w=power_w, memory_bytes=size, **unknown)
+        for i, (power_w, size) in enumerate(readings)
+    ]
+    meter = Board(monkeypatch, energy_mj=(None,)).meter
+    meter._sampler, meter._energy_before_j = SimpleNamespace(finish=lambda: samples), None
+    use = meter.stop(None, [(15.0, 25.0)])
+    assert (use.power_w, use.peak_memory_bytes) == (200.0, 7)

@@ -201,3 +201,11 @@ def test_every_step_casts_the_weights_as_a_training_step_does(precision, steps):
     with Casts((8, 8, 3, 3)) as seen:
         profile_network(model, network, batch=4, precision=precision, memory_format="contiguous", device="cpu")
     assert seen.number == steps
+
+
+@pytest.mark.parametrize(("count", "low_s", "high_s"), [(1, 1, 1), (12, 1, 12), (19, 1, 19), (20, 2, 19), (41, 3, 39)])
+def test_the_range_of_fewer_than_twenty_steps_is_from_the_fastest_to_the_slowest(count, low_s, high_s):
+    """Of more it is from the 5th to the 95th percentile. Steps of 1, 2, 3, … s, in no order."""
+    steps = [(0.0, float(1 + 7 * i % count)) for i in range(count)]
+    assert sorted(step[-1] for step in steps) == [1.0 + i for i in range(count)]
+    assert [profiling._rank(steps, fraction) for fraction in (0.05, 0.95)] == [low_s, high_s]

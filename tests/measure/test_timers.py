@@ -82,7 +82,7 @@ def test_an_epochs_parts_are_what_the_clock_read(monkeypatch, judged, wall_s, to
     parts, spread = timer.finish(validation_s=0.25, at_last_step=at_last_step)
     judged_s = judged[1] - judged[0]
     assert parts.wall_s == (to_last_s if at_last_step else wall_s)
-    assert timer.last_step_s == 27
+    assert (timer.last_step_s, timer.judged) == (27, (judged,))
     assert (parts.data_wait_s, parts.forward_s, parts.backward_s) == (1, 2 + 1, 3)
     assert (parts.regularizer_s, parts.optimizer_s, parts.exposed_communication_s) == (0.5, 1.25, 0.25)
     assert parts.validation_s == judged_s + 0.25

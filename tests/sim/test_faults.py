@@ -75,10 +75,16 @@ def test_a_run_that_could_not_finish_is_refused() -> None:
 
 
 class Script:
-    """Stands for the random numbers: failures after these seconds. `rates` are those that were asked for."""
+    """Stands for the random numbers: failures after these seconds. `rates` are those that were asked for.
 
-    def __init__(self, *after_s: float) -> None:
-        self.after_s, self.rates = list(after_s), list[float]()
+    `node` is drawn where a failure may be on a full node or on the last one.
+    """
+
+    def __init__(self, *after_s: float, node: float = 1.0) -> None:
+        self.after_s, self.rates, self.node = list(after_s), list[float](), node
+
+    def random(self) -> float:
+        return self.node
 
     def expovariate(self, rate: float) -> float:
         self.rates.append(rate)
@@ -86,22 +92,25 @@ class Script:
 
 
 @pytest.mark.parametrize(
-    ("policy", "num_gpus", "piece_s", "working"),
+    ("policy", "num_gpus", "node", "piece_s", "working"),
     [
         # 10 s are lost, 5 s go by, then 40 s of work and a checkpoint of 2 s, again, and 20 s
-        ("restart", 16, 40.0, (16, 16, 16, 16)),
-        ("elastic", 16, 80.0, (16, 8, 16, 16)),  # 8 GPUs are away, and back at the checkpoint after their 30 s
-        ("elastic", 12, 120.0, (12, 4, 12, 12)),
+        ("restart", 16, 0.0, 40.0, (16, 16, 16, 16)),
+        ("elastic", 16, 0.0, 80.0, (16, 8, 16, 16)),  # 8 GPUs are away, and back at the checkpoint after their 30 s
+        ("restart", 12, 0.0, 40.0, (12, 12, 12, 12)),
+        ("elastic", 12, 0.34, 120.0, (12, 4, 12, 12)),
+        ("elastic", 12, 0.33, 60.0, (12, 8, 12, 12)),  # every third GPU is on the node of four
     ],
 )
 def test_a_failure_costs_what_its_work_restart_and_absence_take(
     policy: Literal["restart", "elastic"],
     num_gpus: int,
+    node: float,
     piece_s: float,
     working: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    script = Script(10.0, piece_s + 2.0, math.inf, math.inf)  # the second fails when it is safe
+    script = Script(10.0, piece_s + 2.0, math.inf, math.inf, node=node)  # the second fails when it is safe
     monkeypatch.setattr("ptsim.sim.faults.random.Random", lambda seed: script)
     faults = Faults(
         mtbf_gpu_hours=1.0, checkpoint_interval_s=40.0, checkpoint_s=2.0, restart_s=5.0, policy=policy, repair_s=30.0,
@@ -113,6 +122,21 @@ def test_a_failure_costs_what_its_work_restart_and_absence_take(
     assert (run.checkpoint_s, run.slow_s) == (4.0, piece_s - 40)
     assert run.goodput == pytest.approx(100 / run.total_s)
     assert script.rates == pytest.approx([gpus / HOUR for gpus in working])
+
+
+def test_a_node_that_is_not_full_takes_its_own_gpus_away_and_brings_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """9 GPUs: after 10 s the eight leave; 20 s after a restart of 5 s the single one does. The eight come back first.
+
+    They come 100 s after their failure, at 110 s, and train the 40 s of 9 GPUs in 45 s.
+    """
+    script = Script(10.0, 20.0, math.inf)
+    monkeypatch.setattr("ptsim.sim.faults.random.Random", lambda seed: script)
+    faults = Faults(
+        mtbf_gpu_hours=1.0, checkpoint_interval_s=40.0, restart_s=5.0, policy="elastic", repair_s=100.0, num_runs=1
+    )
+    run = simulate_faults(40.0, 9, 8, faults)
+    assert script.rates == pytest.approx([gpus / HOUR for gpus in (9, 1, 8)])
+    assert (run.total_s, run.lost_s, run.restart_s, run.slow_s) == pytest.approx((155.0, 30.0, 80.0, 5.0))
 
 
 def test_the_interval_is_from_the_5th_to_the_95th_percentile_of_the_runs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -84,18 +85,19 @@ def test_one_gpu_has_nothing_to_share() -> None:
 
 
 def test_memory_is_divided_as_the_stages_say() -> None:
-    """Adam keeps two fp32 numbers a parameter; stage 2 keeps a bucket beside its share of the gradients."""
-    gradient = 4 * LARGER.num_parameters
+    """Adam keeps two fp32 numbers a parameter; stage 2 keeps two buckets beside its share of the gradients."""
+    gradient, buckets = 4 * LARGER.num_parameters, ddp_buckets(LARGER, bucket_bytes=2**20)
     need = {
-        sharding: iteration_memory(LARGER, StepSetting(batch=8, optimizer="adam", num_gpus=8, sharding=sharding))
+        sharding: iteration_memory(
+            LARGER, StepSetting(batch=8, optimizer="adam", num_gpus=8, sharding=sharding), buckets=buckets
+        )
         for sharding in ("none", "zero1", "zero2")
     }
     assert need["none"].optimizer_bytes == 2 * gradient
     assert need["zero1"].optimizer_bytes == need["zero2"].optimizer_bytes == math.ceil(2 * gradient / 8)
     assert need["none"].peak_bytes - need["zero1"].peak_bytes == 2 * gradient - math.ceil(2 * gradient / 8)
     assert need["zero1"].gradient_bytes == gradient
-    bucket = max(bucket.num_bytes for bucket in ddp_buckets(LARGER))
-    kept = math.ceil(gradient / 8) + bucket
+    kept = math.ceil(gradient / 8) + max(a.num_bytes + b.num_bytes for a, b in itertools.pairwise(buckets))
     assert kept < gradient
     assert need["zero2"].gradient_bytes == kept
     assert need["zero1"].peak_bytes - need["zero2"].peak_bytes == gradient - kept

@@ -370,3 +370,18 @@ def test_a_held_run_takes_the_median_epoch_of_its_first_architecture_less_the_pe
     assert power_w is not None
     assert [epoch.mean_power_w for epoch in held.epochs] == pytest.approx([power_w] * 6)
     assert {epoch.time.regularizer_s for epoch in held.epochs} == {0.0}
+
+
+def test_a_held_run_has_the_ranks_that_the_run_began_with(folder: Path) -> None:
+    """Three epochs on one rank, of 10, 40 and 20 s, and one of 30 s on four: the middle one of the three counts."""
+    (run,) = read(shrinking_trace(folder / "t.jsonl", epochs=4, interval=4))
+    epochs = tuple(
+        msgspec.structs.replace(
+            epoch,
+            world_size=size,
+            measured_time=msgspec.structs.replace(epoch.time, wall_s=wall_s, regularizer_s=1.0),
+        )
+        for epoch, size, wall_s in zip(run.epochs, (1, 1, 1, 4), (10.0, 40.0, 20.0, 30.0), strict=True)
+    )
+    held = held_dense(msgspec.structs.replace(run, epochs=epochs))
+    assert [(epoch.world_size, epoch.time.wall_s) for epoch in held.epochs] == [(1, 19.0)] * 4

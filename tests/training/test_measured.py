@@ -92,6 +92,7 @@ def watch(**changes: Any) -> Any:
         "usual_step": 40,
         "learning_rate": 0.4,
         "last_step_s": time.perf_counter() - 100,
+        "judged": ((5.0, 8.0),),
         "counted": lambda epoch: (2, 20),
         "so_far": lambda: (seconds(2), STEP),
         "finish": lambda: (seconds(2), STEP),
@@ -168,7 +169,7 @@ def test_a_state_in_the_middle_of_an_epoch_holds_both_parts() -> None:
 # None was seen; one by update; one by pass.
 @pytest.mark.parametrize(("reductions", "exposed_s"), [(0, 2.0), (2, 2.0), (5, 5.0)])
 def test_every_all_reduce_is_exposed_also_those_of_accumulated_passes(reductions: int, exposed_s: float) -> None:
-    meter: Any = SimpleNamespace(stop=lambda until_s: None)
+    meter: Any = SimpleNamespace(stop=lambda until_s, without: None)
     seen = watch(num_reductions=reductions)
     found = measure_epoch(seen, meter, exposing(1.0), epoch=0, earlier=Unfinished())
     begun = unfinished_epoch(seen, exposing(1.0), LossSum(CPU), Unfinished())
@@ -180,16 +181,16 @@ def test_every_all_reduce_is_exposed_also_those_of_accumulated_passes(reductions
 
 
 def test_what_passes_after_the_last_update_is_validation() -> None:
-    until: list[float | None] = []
+    asked: list[tuple[float | None, object]] = []
 
-    def stop(until_s: float | None) -> DeviceUse:
-        until.append(until_s)
+    def stop(until_s: float | None, without: object) -> DeviceUse:
+        asked.append((until_s, without))
         return DeviceUse(power_w=1.0)
 
     meter: Any = SimpleNamespace(stop=stop)
     trained = watch()
     found = measure_epoch(trained, meter, exposing(0.0), epoch=4, earlier=Unfinished())
-    assert until == [trained.last_step_s]  # nor is its energy the epoch's
+    assert asked == [(trained.last_step_s, ((5.0, 8.0),))]  # nor is its energy the epoch's
     assert found.time is not None
     assert 13 * 2 + 100 <= found.time.validation_s < 13 * 2 + 110
     told = (found.num_iterations, found.num_images, found.step, found.use, found.peak_bytes)
@@ -208,7 +209,7 @@ def test_what_validation_takes_begins_when_the_gpu_has_done_the_last_update() ->
         return seconds(0), STEP
 
     trained.finish = finish
-    meter: Any = SimpleNamespace(stop=lambda until_s: None)
+    meter: Any = SimpleNamespace(stop=lambda until_s, without: None)
     found = measure_epoch(trained, meter, exposing(0.0), epoch=4, earlier=Unfinished())
     assert found.time is not None
     assert 40 <= found.time.validation_s < 50
