@@ -127,7 +127,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     def told_update(self) -> ToldUpdate | None:
         """What the record says of its optimizer, where no row of ptsim's own says it."""
         update = self.run.update
-        return None if update is None else ToldUpdate(optimizer=self.optimizer, **msgspec.structs.asdict(update))
+        return None if update is None else update.told(self.optimizer)
 
     @property
     def told_penalties(self) -> tuple[ToldPenalty, ...]:
