@@ -59,6 +59,7 @@ AUTOCAST_FP32_GPU = frozenset(
     | {"acos", "asin", "cosh", "sinh", "tan", "interpolate", "upsample", "upsample_nearest", "upsample_bilinear"}
 )
 AUTOCAST_FP32_CPU = frozenset({"avg_pool3d", "grid_sample", "prod"})
+TORCH_LIBRARIES = "aten", "prims"  # under these names torch registers its own operators
 # Spellings of one operator: the left one becomes the right one.
 _SPELLING = {
     "max_pool2d_with_indices": "max_pool2d",
@@ -108,6 +109,12 @@ def plain_name(name: str) -> str:
     op = usual_name(name.lower().strip("_"))
     in_place = op not in KIND_OF_OP and op[:1] == "i" and usual_name(op[1:]) in KIND_OF_OP
     return usual_name(op[1:]) if in_place else op
+
+
+def registered_by(function: object) -> str | None:
+    """The library that has registered an operator with torch: "aten", "torchvision", "mine"; None of a function."""
+    home = str(getattr(function, "__module__", "")).split(".")
+    return home[2] if home[:2] == ["torch", "_ops"] and len(home) > 2 else None
 
 
 def hands_on(op: str, operand: int) -> bool:
