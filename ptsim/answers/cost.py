@@ -173,9 +173,8 @@ def cost(
         num_gpus=gpus,
         default_batch=DEFAULT_BATCH,
     )
-    if device is not None and setting.precision not in device.peak_flops_per_s:
-        known = ", ".join(device.peak_flops_per_s)
-        raise UsageError(f"{device.name} has no {setting.precision.value}; it has {known}")
+    if device is not None:
+        device.check_precision(setting.precision)
     return _report(found, setting, device, convention)
 
 
