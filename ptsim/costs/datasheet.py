@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import functools
 import math
-from importlib import resources
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from ptsim.costs.kernels import Floats, Kernels, Pass, Work, network_kernels
+from ptsim.costs.shipped import shipped
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
 from ptsim.costs.traffic import again_bytes, cast_bytes, update_traffic
@@ -425,13 +425,13 @@ def waiting_share(step_s: float, predicted: StepTime) -> float:
 @functools.lru_cache(maxsize=1)
 def load_fit() -> Fit:
     """The fitted efficiencies that ptsim ships."""
-    return msgspec.toml.decode(resources.files("ptsim.costs").joinpath("efficiency.toml").read_bytes(), type=Fit)
+    return shipped("efficiency.toml", Fit)
 
 
 @functools.lru_cache(maxsize=1)
 def load_intervals() -> Intervals:
     """The intervals that ptsim ships."""
-    return msgspec.toml.decode(resources.files("ptsim.costs").joinpath("residuals.toml").read_bytes(), type=Intervals)
+    return shipped("residuals.toml", Intervals)
 
 
 def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fit: Fit | None = None) -> StepTime:

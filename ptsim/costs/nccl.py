@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-from importlib import resources
 from typing import Literal
 
 import msgspec
@@ -23,6 +22,7 @@ from ptsim.costs.algorithms import (
     fullest_node,
     reachable_nics,
 )
+from ptsim.costs.shipped import shipped
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import Cluster, Link, LinkKind
 
@@ -95,7 +95,7 @@ class NcclFit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 @functools.cache
 def default_fit() -> NcclFit:
     """The constants that `analysis/fit_allreduce.py` found."""
-    return msgspec.toml.decode(resources.files("ptsim.costs").joinpath("nccl.toml").read_bytes(), type=NcclFit)
+    return shipped("nccl.toml", NcclFit)
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
