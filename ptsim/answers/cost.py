@@ -13,7 +13,7 @@ import msgspec
 
 from ptsim.answers.subject import Subject, find_subject
 from ptsim.costs.buckets import ddp_buckets
-from ptsim.costs.flops import Convention, inference_macs, layer_macs, training_macs
+from ptsim.costs.flops import Convention, check_convention, inference_macs, layer_macs, training_macs
 from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch, usable_bytes
 from ptsim.costs.run import EpochCost, recorded_device, run_cost
 from ptsim.costs.traffic import batch_norm_bytes, network_traffic, update_traffic
@@ -161,8 +161,7 @@ def cost(
         UnsupportedModelError: the network cannot be traced.
         FileFormatError: the trace is broken.
     """
-    if convention not in ("exact", "paper"):
-        raise UsageError(f"convention is {convention!r}, expected 'exact' or 'paper'")
+    check_convention(convention)
     device = gpu if gpu is None or isinstance(gpu, Device) else load_device(gpu)  # before seconds of capturing
     found = find_subject(subject, input_shape=input_shape, num_classes=num_classes)
     setting = found.setting(
