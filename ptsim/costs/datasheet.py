@@ -437,8 +437,8 @@ def load_intervals() -> Intervals:
 def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fit: Fit | None = None) -> StepTime:
     """One training step by roofline and fitted efficiencies.
 
-    The host launches every operator; `overhead_s` is what the GPU waits for that. `fit`
-    stands in for the fit that ptsim ships.
+    The host launches every operator; `overhead_s` is what the GPU waits for that. `fit` stands in for the fit that
+    ptsim ships.
     """
     fit = fit or load_fit()
     precision = setting.precision

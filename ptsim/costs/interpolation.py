@@ -36,15 +36,13 @@ Floats = NDArray[np.float64]
 _TILES = (1, 4, 8, 16, 32, 64)
 _REACHES = (0.7, 2.0, 6.0, 20.0)  # octaves over which what R leaves over is alike
 _NOISES = (0.01, 0.1, 0.5)  # variance of a repetition, as a fraction of that between operators
-_OFFSET, _APARTS = (
-    1.0,
-    (0.1, 0.3, 1.0),
-)  # variance of what an operator alone takes less or more than in a step, likewise
+# Variance, likewise, of what operators alone take less or more than in a step: all of one family, and each by itself.
+_OFFSET, _APARTS = 1.0, (0.1, 0.3, 1.0)
 _FEWEST = 24  # convolutions of a family; with fewer it is joined with its relatives
 _FEWEST_MOVING = 8  # the same of operators whose time follows their bytes alone
 _FREEDOMS = 4  # that the physical model and the hyper-parameters take from the samples
 _MULTIPLIES = (LayerKind.CONV, LayerKind.LINEAR)
-_UNKNOWN_LOG_ERROR = math.log(2.0)  # what is said of a device profile with one operator and nothing to compare it to
+UNKNOWN_LOG_ERROR = math.log(2.0)  # of a time that nothing can be compared to
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,7 +146,7 @@ class _Curve:
         near = np.exp(-_distances(_place(operator)[None, :], self._places)[0] / self._reach)
         seconds = float(_features(operator, self._tile) @ self._weights * np.exp(near @ self._pull))
         if self._few:
-            return seconds, _UNKNOWN_LOG_ERROR
+            return seconds, UNKNOWN_LOG_ERROR
         unknown = 1.0 + self._noise - float(near @ self._inverse @ near)
         return seconds, math.sqrt(self._variance * max(unknown, 0.0))
 

@@ -23,6 +23,7 @@ from ptsim.costs.backward import gradient_of_view
 from ptsim.costs.widths import Widths, sources_of
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, Layer, LayerKind, MemoryFormat, Moment, Network, Precision
 from ptsim.operators import hands_on, num_taps, second_features
+from ptsim.setting import MEMORY_FORMATS
 
 _BATCHES = (512, 1024)  # at multiples of 128 images no tensor that grows with the mini-batch is rounded
 
@@ -70,8 +71,7 @@ def rescaled(footprint: Footprint, before: Network, after: Network) -> Footprint
     gpu, half = footprint.device == "gpu", footprint.half
     old, new = (walked_footprint(network, gpu=gpu, half=half) for network in (before, after))
     formats: dict[MemoryFormat, tuple[Moment, ...]] = {}
-    for name in ("contiguous", "channels_last"):
-        memory_format: MemoryFormat = "contiguous" if name == "contiguous" else "channels_last"
+    for memory_format in MEMORY_FORMATS:
         pairs = list(
             zip(
                 _lines(before, gpu=gpu, half=half, memory_format=memory_format),
@@ -79,7 +79,7 @@ def rescaled(footprint: Footprint, before: Network, after: Network) -> Footprint
                 strict=True,
             )
         )
-        formats[memory_format] = tuple(_grown(moment, pairs) for moment in getattr(footprint, name))
+        formats[memory_format] = tuple(_grown(moment, pairs) for moment in getattr(footprint, memory_format))
     return msgspec.structs.replace(
         footprint,
         kept_fixed_bytes=_scaled(footprint.kept_fixed_bytes, new.kept_fixed_bytes, old.kept_fixed_bytes),
