@@ -67,22 +67,10 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
                 the cost model.
         """
         trace = self.trace
-        known: StepSetting | None = None
-        if trace is not None and trace.epochs:
-            known = trace.setting_of(trace.epochs[-1])
-        elif trace is not None:
-            known = StepSetting(
-                batch=0,
-                precision=trace.run.precision,
-                memory_format=trace.run.memory_format,
-                optimizer=trace.optimizer,
-                momentum=trace.momentum,
-                proximal=trace.proximal,
-                num_gpus=trace.run.world_size,
-                told_update=trace.told_update,
-                told_penalties=trace.told_penalties,
-            )
-        recorded = known or StepSetting(batch=0)
+        if trace is None:
+            recorded = StepSetting(batch=0)
+        else:
+            recorded = trace.setting_of(trace.epochs[-1]) if trace.epochs else trace.usual_setting
         passes = recorded.passes if batch is None else 1
         if batch is None:
             batch = recorded.batch or default_batch
