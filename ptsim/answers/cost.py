@@ -162,7 +162,7 @@ def cost(
         FileFormatError: the trace is broken.
     """
     check_convention(convention)
-    device = gpu if gpu is None or isinstance(gpu, Device) else load_device(gpu)  # before seconds of capturing
+    device = None if gpu is None else load_device(gpu)  # before seconds of capturing
     found = find_subject(subject, input_shape=input_shape, num_classes=num_classes)
     setting = found.setting(
         batch=batch,

@@ -150,7 +150,7 @@ def predict(
     asked = options or PredictOptions()
     check_options(asked, changes)
     asked = msgspec.structs.replace(asked, **changes)  # what the values may be is checked where they are used
-    machine = load_cluster(cluster) if isinstance(cluster, str | Path) else cluster
+    machine = None if cluster is None else load_cluster(cluster)
     sharding = parse_sharding(asked.sharding)
     if machine is None and gpus is not None:
         raise UsageError(f"{gpus} GPUs were asked for without a cluster", hint="name one with --cluster")
@@ -269,8 +269,6 @@ def _device(gpu: str | Path | Device | None, cluster: Cluster | None, calibrated
     Raises:
         UsageError: neither device nor cluster nor profile.
     """
-    if isinstance(gpu, Device):
-        return gpu
     if gpu is not None:
         return load_device(gpu)
     if cluster is not None and (cluster.device is not None or calibrated is None):

@@ -115,11 +115,10 @@ def validate(
             raise UsageError(f"{trace.path} has no whole epoch to compare with")
     if isinstance(profile, str | Path):
         profile = read_device_profile(profile)
-    if isinstance(cluster, str | Path):
-        cluster = load_cluster(cluster)
-    if cluster is not None and all(max(trace.world_sizes) == 1 for trace in runs):
+    where = None if cluster is None else load_cluster(cluster)
+    if where is not None and all(max(trace.world_sizes) == 1 for trace in runs):
         raise UsageError("a cluster is given, but every run had one rank and so no communication")
-    checks = [check_run(trace, *source_of(trace, runs, profile, holdout=holdout), cluster) for trace in runs]
+    checks = [check_run(trace, *source_of(trace, runs, profile, holdout=holdout), where) for trace in runs]
     source: Source = "device profile" if profile is not None else "other runs" if holdout else "own profiles"
     return _summary(runs, checks, source)
 

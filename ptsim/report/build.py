@@ -144,7 +144,7 @@ def make_report(
         facts = Facts(runs, comparisons)
         return _report(facts, answer.recorded_answer(facts.recorded, notices), "")
     given = [cluster] if isinstance(cluster, str | Path | Cluster) else list(cluster or [])
-    clusters = [c if isinstance(c, Cluster) else load_cluster(c) for c in given or [default_cluster(runs)]]
+    clusters = [load_cluster(c) for c in given or [default_cluster(runs)]]
     check_names(clusters)
     sizes = _sizes(clusters[0], gpus)
     projectors = _projectors(clusters, options, grid_grams_per_kwh, profile)
