@@ -60,6 +60,11 @@ class EpochCheck(msgspec.Struct, frozen=True, kw_only=True):
     measured_exposed_communication_seconds: float
     predicted_exposed_communication_seconds: float | None
 
+    @property
+    def inside(self) -> bool:
+        """Whether the interval holds what was measured."""
+        return self.low_seconds <= self.measured_seconds <= self.high_seconds
+
 
 class RunCheck(msgspec.Struct, frozen=True, kw_only=True):
     """One run: training epochs and reconfigurations."""

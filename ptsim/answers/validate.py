@@ -143,7 +143,6 @@ def _summary(runs: Sequence[Trace], checks: Sequence[RunCheck], source: Source) 
         reasons["saving_error_points"] = f"no pair differs by pruning alone: {'; '.join(unlike)}" if unlike else missing
     if not energy:
         reasons["energy_error"] = "no run recorded the energy of more than one epoch (NVML, on a GPU)"
-    inside = [epoch.low_seconds <= epoch.measured_seconds <= epoch.high_seconds for epoch in epochs]
     return Validation(
         whole_run_error=max(abs(check.error) for check in checks),
         epoch_mape=statistics.fmean(abs(epoch.error) for epoch in epochs),
@@ -151,7 +150,7 @@ def _summary(runs: Sequence[Trace], checks: Sequence[RunCheck], source: Source) 
         saving_error_points=max((abs(saving.error_points) for saving in savings), default=None),
         energy_error=max(energy, default=None),
         communication_error=max(communication, default=None),
-        interval_coverage=sum(inside) / len(inside),
+        interval_coverage=sum(epoch.inside for epoch in epochs) / len(epochs),
         source=source,
         tiers=tuple(sorted({epoch.tier for epoch in epochs}, key=lambda name: tier_row(name).order)),
         reasons=reasons,

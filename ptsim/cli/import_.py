@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ptsim import zoo
+from ptsim.answers.subject import captured
 from ptsim.cli.common import print_json, stdout_console, users_code
 from ptsim.cli.options import Json, NetworkOptions, Out
 from ptsim.cli.reading import check_output
@@ -95,13 +96,9 @@ def _bytes(text: str) -> int:
 
 
 def _network(model: str, options: NetworkOptions) -> Network:
-    from ptsim.capture.network import capture_network
-
+    classes = None if options.classes is None else positive_number("classes", options.classes)
     with users_code():
-        entry = zoo.find(model)
-        count = entry.num_classes if options.classes is None else positive_number("classes", options.classes)
-        shape = options.input_shape or entry.input_shape
-        return capture_network(zoo.create(model, num_classes=count), name=model, input_shape=shape, num_classes=count)
+        return captured(model, options.input_shape, classes)
 
 
 def _print(found: KinetoImport, out: Path) -> None:
