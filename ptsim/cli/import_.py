@@ -22,7 +22,7 @@ from ptsim.measure.kineto import UNKNOWN, KinetoImport, import_kineto
 from ptsim.network import MemoryFormat, Network
 from ptsim.setting import PrecisionName, parse_precision, positive_number
 from ptsim.textfile import check_writable
-from ptsim.units import Bytes, format_seconds
+from ptsim.units import Bytes, counted, format_seconds
 
 app = cyclopts.App(name="import", help="Turn what other programs measured into a device profile.")
 
@@ -106,7 +106,7 @@ def _print(found: KinetoImport, out: Path) -> None:
     steps = sum(rank.num_steps for rank in found.ranks)
     batch = "" if found.batch is None else f", mini-batch {found.batch}"
     console.print(
-        f"{found.device}: {steps} steps of {len(found.ranks)} file{'s' if len(found.ranks) > 1 else ''}{batch}, "
+        f"{found.device}: {steps} steps of {counted(len(found.ranks), 'file')}{batch}, "
         f"{found.precision}, {found.memory_format}"
     )
     table = Table("part", "time", "share of the step", box=SIMPLE_HEAD)
