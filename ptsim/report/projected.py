@@ -269,7 +269,7 @@ def roofline_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
         moved = network_traffic(network, setting.one_pass)
         for layer, traffic in zip(network.layers, moved, strict=True):
             macs = layer_macs(layer, "exact")
-            flops = 2 * layer.repeats(batch, setting.passes) * (macs.forward + macs.backward)
+            flops = 2 * layer.repeats(batch, setting.passes) * macs.training
             num_bytes = setting.passes * (traffic.forward_bytes + traffic.backward_bytes)
             if layer.kind not in PRODUCTS or not (flops and num_bytes and times[layer.name]):
                 continue
