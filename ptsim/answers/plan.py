@@ -40,10 +40,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.005  # how far a planned fraction may be from its target
 DEFAULT_INTERVAL = 5
-_MOST_RECONFIGURATIONS = 1000  # each takes a network to be made and counted
 MOST_DRAWS = 100
-
-
+_MOST_RECONFIGURATIONS = 1000  # each takes a network to be made and counted
 _CORRECTIONS = 2  # of the table that turns widths into costs, which bring nothing any more; most plans need none
 
 
