@@ -20,6 +20,7 @@ from ptsim.errors import UsageError
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import changed, parse_precision
+from ptsim.trace import pace
 from ptsim.trace.schema import (
     MOST_EPOCHS,
     NO_DEVICE,
@@ -124,7 +125,7 @@ def _with_draws(typical: Trace, others: Sequence[Trace]) -> Trace:
     draws = []
     for other in others:
         course = {0: other.epochs[0].architecture}
-        course |= {event.epoch + 1: event.after for event in other.reconfigurations if event.after != event.before}
+        course |= {event.epoch + 1: event.after for event in pace.changes(other)}
         draws.append(Draw(seed=other.run.seed, architectures=tuple(course.items())))
     networks = {name: network for trace in (typical, *others) for name, network in trace.networks.items()}
     return msgspec.structs.replace(typical, networks=networks, draws=tuple(draws))

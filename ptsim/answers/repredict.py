@@ -29,7 +29,7 @@ from ptsim.network import Network
 from ptsim.sim import ddp
 from ptsim.sim.bounded import SecondsRange, data_parallel_step
 from ptsim.trace.pace import (
-    beyond_steps_s,
+    beyond_steps_s_per_image,
     changes,
     input_s_per_image,
     measured_changes,
@@ -179,7 +179,7 @@ def source_of(
             return msgspec.structs.replace(step, overhead_s=0.0, low_s=step.low_s * share, high_s=step.high_s * share)
 
         return measured, _Pace(
-            input_s_per_image=beyond_steps_s(first) * first.world_size / first.num_images if first.num_images else None,
+            input_s_per_image=beyond_steps_s_per_image(first),
             reconfiguration_s=next((event.duration_s for event in measured_changes(trace)), None),
         )
     of_others = profile is None

@@ -289,7 +289,7 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
         elif len(trace.epochs) == 1:
             notices.append(f"{label}: a single epoch, so nothing can be said about how costs change.")
     for comparison in comparisons:
-        if len({epoch.architecture for epoch in comparison.pruned.epochs}) == 1:
+        if not comparison.shrank:
             notices.append(
                 f"{comparison.label}: every epoch trained the same network, so pruning could save no training time."
             )

@@ -221,7 +221,7 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     **projector.price_columns(size),
                     **accuracies(c),
                     "whole_runs": both_whole,
-                    "shrank": len({epoch.architecture for epoch in c.pruned.epochs}) > 1,
+                    "shrank": c.shrank,
                     "tier": worst_tier((dense.tier, pruned.tier)),
                 }
             )
