@@ -186,7 +186,7 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
         raise UsageError(str(error)) from error
     fits = largest = None
     if device is not None:
-        fits = need.device_bytes <= usable_bytes(device)
+        fits = need.fits(device)
         largest = largest_batch(network, setting, capacity_bytes=usable_bytes(device), device=device)
     element_bytes = setting.precision.activation_bytes
     layers = layer_costs(network, convention, setting)

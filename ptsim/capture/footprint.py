@@ -35,6 +35,7 @@ from ptsim.operators import AUTOCAST_FP32_GPU
 _BATCHES = (2, 3)
 _LARGEST = 2**20  # mini-batches beyond it are nobody's
 _WIDEST_ON_GPU = frozenset({"grid_sample", "grid_sampler"})  # of its operands (AT_FORALL_PROMOTE); on a CPU fp32
+_WIDER_ON_GPU = AUTOCAST_FP32_GPU | _WIDEST_ON_GPU
 _VECTOR = 16  # channels of oneDNN's blocked layout with AVX-512
 
 
@@ -205,7 +206,7 @@ class _LikeGpu(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if self._half and name in AUTOCAST_FP32_GPU | _WIDEST_ON_GPU and torch.is_autocast_enabled("cpu"):
+        if self._half and name in _WIDER_ON_GPU and torch.is_autocast_enabled("cpu"):
             self.bent = True
             wider = _full_width if name in AUTOCAST_FP32_GPU else _as_wide_as(output_tensors((args, kwargs)))
             args, kwargs = pytree.tree_map_only(Tensor, wider, (args, kwargs))

@@ -78,6 +78,10 @@ class MemoryNeed(msgspec.Struct, frozen=True, kw_only=True):
     peak_bytes: int
     device_bytes: int
 
+    def fits(self, device: Device) -> bool:
+        """Whether a process on that device can have so much memory."""
+        return self.device_bytes <= usable_bytes(device)
+
 
 def iteration_memory(
     network: Network, setting: StepSetting, *, device: Device | None = None, buckets: Sequence[Bucket] | None = None
