@@ -102,7 +102,6 @@ def iteration_memory(
         UnknownNameError: no such optimizer.
     """
     batch, precision, memory_format = setting.pass_batch, setting.precision, setting.memory_format
-    held = setting.data_parallel or setting.passes > 1  # gradients stay from one pass to the next
     if batch <= 0:
         raise ValueError(f"batch is {batch}, expected a positive number of images")
     optimizer = kind_of(setting)
@@ -114,14 +113,10 @@ def iteration_memory(
     shared = setting.num_gpus if setting.sharding != "none" else 1
     states = _share(optimizer.states(setting.momentum) * learnt, shared)
     library = _library_workspace(network, device) if device is not None and gpu else 0
-    gradients = learnt if held else 0
-    if setting.sharding == "zero2" and setting.passes == 1:
-        used = ddp_buckets(network) if buckets is None else buckets
-        largest = max((bucket.num_bytes for bucket in used), default=0)
-        gradients = min(gradients, _share(learnt, shared) + largest)
+    gradients = _held_gradients(network, setting, learnt, buckets)
     copies = seen.weight_copy_bytes
     kept = seen.kept_fixed_bytes + batch * seen.kept_image_bytes - copies
-    highest = _highest(seen, network, batch, memory_format=memory_format, buckets=held)
+    highest = _highest(seen, network, batch, memory_format=memory_format, buckets=setting.holds_gradients)
     images = -(-batch * (4 * math.prod(network.input_shape) + 8) // block) * block  # 8: the label
     width = precision.activation_bytes
     workspace = max((layer_workspace(layer, batch, width, memory_format) for layer in network.layers), default=0)
@@ -132,7 +127,7 @@ def iteration_memory(
         copies_of_update = _share(_UPDATE_COPIES * learnt, shared)
     else:
         copies_of_update = 4 * max((p.num_elements for p in network.gradients), default=0)
-    update = (0 if held else learnt) + max(copies_of_update, penalty.scratch_bytes)
+    update = (0 if setting.holds_gradients else learnt) + max(copies_of_update, penalty.scratch_bytes)
     peak = persistent + max(highest, update)
     margin = CPU_HALF_MARGIN if setting.half else CPU_MARGIN
     return MemoryNeed(
@@ -146,6 +141,24 @@ def iteration_memory(
         if gpu
         else round((1 + margin) * peak) + fallback_scratch(network, 1 if device is None else device.num_sms),
     )
+
+
+def _held_gradients(network: Network, setting: StepSetting, learnt: int, buckets: Sequence[Bucket] | None) -> int:
+    """Bytes of gradients that are there all the time: in buckets on several GPUs, and from one pass to the next.
+
+    Args:
+        network: what is trained.
+        setting: how a step is run.
+        learnt: bytes of all gradients.
+        buckets: of the gradients; None for those of DDP's own caps.
+    """
+    if not setting.holds_gradients:
+        return 0
+    if setting.sharding != "zero2" or setting.passes > 1:
+        return learnt
+    used = ddp_buckets(network) if buckets is None else buckets
+    largest = max((bucket.num_bytes for bucket in used), default=0)
+    return min(learnt, _share(learnt, setting.num_gpus) + largest)
 
 
 def _share(num_bytes: float, parts: int) -> int:
