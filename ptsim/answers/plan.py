@@ -203,6 +203,17 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
         optimizer=options.optimizer,
         seed=options.seed,
     )
+    _check(asked)
+    return asked
+
+
+def _check(asked: _Asked) -> None:
+    """Refuse a run that cannot be planned.
+
+    Raises:
+        UnknownNameError: no such optimizer.
+        UsageError: a number out of its bounds, or more images a step than the data set has.
+    """
     if asked.epochs > MOST_EPOCHS:
         raise UsageError(f"epochs is {asked.epochs}, expected at most {MOST_EPOCHS}")
     if len(asked.events) > _MOST_RECONFIGURATIONS:
@@ -222,7 +233,6 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
             f"one step takes {asked.batch * asked.gpus:,} images, {asked.batch:,} on each GPU; the data set has "
             f"{asked.images:,}"
         )
-    return asked
 
 
 # Training images, classes and, where all have one, shape of the images of published data sets; CIFAR as ptsim calls it.
