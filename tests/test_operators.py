@@ -57,7 +57,6 @@ def test_an_operand_gets_the_gradient_itself_where_torch_makes_no_tensor_for_it(
     [
         (torch.ops.aten.relu.default, "aten"),
         (torch.ops.aten.relu, "aten"),
-        (torch.ops.prims.cos.default, "prims"),
         (torch.relu, None),
         (torch.nn.functional.relu, None),
         (torch.ops.higher_order.cond, None),

@@ -443,7 +443,7 @@ def _ratio_off(num: int, algbw: float, busbw: float) -> float:
 
 
 def bus_factor(num_gpus: int) -> float:
-    """busbw / algbw of an all-reduce over so many GPUs, as nccl-tests defines it (doc/PERFORMANCE.md)."""
+    """The ratio busbw / algbw of an all-reduce over so many GPUs. Source: nccl-tests, doc/PERFORMANCE.md."""
     return 2 * (num_gpus - 1) / num_gpus
 
 
