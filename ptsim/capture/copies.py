@@ -34,7 +34,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 def compiled_inside(module: nn.Module) -> nn.Module | None:
     """The module that `torch.compile` has wrapped in this one; None of any other module."""
-    return module._modules["_orig_mod"] if "dynamo_ctx" in vars(module) else None
+    return module._modules.get("_orig_mod") if "dynamo_ctx" in vars(module) else None
 
 
 def tabled_tensors(model: nn.Module) -> dict[int, Any]:
