@@ -47,6 +47,19 @@ _OPS: dict[LayerKind, str] = {
         zeros_like getattr get_relative_position_bias patch_merging_pad""",
 }
 KIND_OF_OP = {op: kind for kind, ops in _OPS.items() for op in ops.split()}
+# What autocast runs in fp32 (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE and their CPU
+# sister, without losses), by the names under which Python calls them: on a GPU most reductions, exponentials and
+# normalisations, on a CPU next to nothing. BatchNorm and instance normalisation run in the type of their input on both.
+AUTOCAST_FP32_GPU = frozenset(
+    {"softmax", "log_softmax", "softmin", "gumbel_softmax", "softplus", "layer_norm", "group_norm", "rms_norm"}
+    | {"local_response_norm", "normalize", "norm", "vector_norm", "linalg_vector_norm", "matrix_norm"}
+    | {"linalg_norm", "linalg_matrix_norm", "__rdiv__", "erfinv"}
+    | {"cosine_similarity", "pairwise_distance", "cdist", "dist", "logsumexp", "sum", "cumsum", "cumprod", "prod"}
+    | {"pow", "__pow__", "__rpow__", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt"}
+    | {"acos", "asin", "cosh", "sinh", "tan", "interpolate", "upsample", "upsample_nearest", "upsample_bilinear"}
+)
+AUTOCAST_FP32_CPU = frozenset({"avg_pool3d", "grid_sample", "prod"})
+TORCH_LIBRARIES = "aten", "prims"  # under these names torch registers its own operators
 # Spellings of one operator: the left one becomes the right one.
 _SPELLING = {
     "max_pool2d_with_indices": "max_pool2d",
@@ -96,6 +109,12 @@ def plain_name(name: str) -> str:
     op = usual_name(name.lower().strip("_"))
     in_place = op not in KIND_OF_OP and op[:1] == "i" and usual_name(op[1:]) in KIND_OF_OP
     return usual_name(op[1:]) if in_place else op
+
+
+def registered_by(function: object) -> str | None:
+    """The library that has registered an operator with torch: "aten", "torchvision", "mine"; None of a function."""
+    home = str(getattr(function, "__module__", "")).split(".")
+    return home[2] if home[:2] == ["torch", "_ops"] and len(home) > 2 else None
 
 
 def hands_on(op: str, operand: int) -> bool:

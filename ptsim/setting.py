@@ -100,6 +100,11 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_gpus > 1
 
     @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients are there all the time: in the buckets of all-reduces, or from one pass to the next."""
+        return self.data_parallel or self.passes > 1
+
+    @property
     def half(self) -> bool:
         """Whether activations take two bytes: fp16 or bf16 autocast."""
         return self.precision.activation_bytes == 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ptsim.network import LayerKind
-from ptsim.operators import DIFFERENCES, KIND_OF_OP, SUMS, hands_on, plain_name
+from ptsim.operators import DIFFERENCES, KIND_OF_OP, SUMS, hands_on, plain_name, registered_by
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,18 @@ def test_an_operand_gets_the_gradient_itself_where_torch_makes_no_tensor_for_it(
     gradient = torch.ones(3)
     found = result.grad_fn(gradient)
     assert [hands_on(op, n) for n in range(2)] == [given.data_ptr() == gradient.data_ptr() for given in found]
+
+
+@pytest.mark.parametrize(
+    ("function", "library"),
+    [
+        (torch.ops.aten.relu.default, "aten"),
+        (torch.ops.aten.relu, "aten"),
+        (torch.relu, None),
+        (torch.nn.functional.relu, None),
+        (torch.ops.higher_order.cond, None),
+        ("relu", None),
+    ],
+)
+def test_an_operator_belongs_to_the_library_that_registered_it(function: object, library: str | None) -> None:
+    assert registered_by(function) == library

@@ -13,7 +13,7 @@ import msgspec
 
 from ptsim.answers.subject import Subject, find_subject
 from ptsim.costs.buckets import ddp_buckets
-from ptsim.costs.flops import Convention, inference_macs, layer_macs, training_macs
+from ptsim.costs.flops import Convention, check_convention, inference_macs, layer_macs, training_macs
 from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch, usable_bytes
 from ptsim.costs.run import EpochCost, recorded_device, run_cost
 from ptsim.costs.traffic import batch_norm_bytes, network_traffic, update_traffic
@@ -161,9 +161,8 @@ def cost(
         UnsupportedModelError: the network cannot be traced.
         FileFormatError: the trace is broken.
     """
-    if convention not in ("exact", "paper"):
-        raise UsageError(f"convention is {convention!r}, expected 'exact' or 'paper'")
-    device = gpu if gpu is None or isinstance(gpu, Device) else load_device(gpu)  # before seconds of capturing
+    check_convention(convention)
+    device = None if gpu is None else load_device(gpu)  # before seconds of capturing
     found = find_subject(subject, input_shape=input_shape, num_classes=num_classes)
     setting = found.setting(
         batch=batch,
@@ -173,9 +172,8 @@ def cost(
         num_gpus=gpus,
         default_batch=DEFAULT_BATCH,
     )
-    if device is not None and setting.precision not in device.peak_flops_per_s:
-        known = ", ".join(device.peak_flops_per_s)
-        raise UsageError(f"{device.name} has no {setting.precision.value}; it has {known}")
+    if device is not None:
+        device.check_precision(setting.precision)
     return _report(found, setting, device, convention)
 
 
@@ -188,7 +186,7 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
         raise UsageError(str(error)) from error
     fits = largest = None
     if device is not None:
-        fits = need.device_bytes <= usable_bytes(device)
+        fits = need.fits(device)
         largest = largest_batch(network, setting, capacity_bytes=usable_bytes(device), device=device)
     element_bytes = setting.precision.activation_bytes
     layers = layer_costs(network, convention, setting)

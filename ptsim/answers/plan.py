@@ -20,6 +20,7 @@ from ptsim.errors import UsageError
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import changed, parse_precision
+from ptsim.trace import pace
 from ptsim.trace.schema import (
     MOST_EPOCHS,
     NO_DEVICE,
@@ -40,10 +41,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.005  # how far a planned fraction may be from its target
 DEFAULT_INTERVAL = 5
-_MOST_RECONFIGURATIONS = 1000  # each takes a network to be made and counted
 MOST_DRAWS = 100
-
-
+_MOST_RECONFIGURATIONS = 1000  # each takes a network to be made and counted
 _CORRECTIONS = 2  # of the table that turns widths into costs, which bring nothing any more; most plans need none
 
 
@@ -126,7 +125,7 @@ def _with_draws(typical: Trace, others: Sequence[Trace]) -> Trace:
     draws = []
     for other in others:
         course = {0: other.epochs[0].architecture}
-        course |= {event.epoch + 1: event.after for event in other.reconfigurations if event.after != event.before}
+        course |= {event.epoch + 1: event.after for event in pace.changes(other)}
         draws.append(Draw(seed=other.run.seed, architectures=tuple(course.items())))
     networks = {name: network for trace in (typical, *others) for name, network in trace.networks.items()}
     return msgspec.structs.replace(typical, networks=networks, draws=tuple(draws))
@@ -204,6 +203,17 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
         optimizer=options.optimizer,
         seed=options.seed,
     )
+    _check(asked)
+    return asked
+
+
+def _check(asked: _Asked) -> None:
+    """Refuse a run that cannot be planned.
+
+    Raises:
+        UnknownNameError: no such optimizer.
+        UsageError: a number out of its bounds, or more images a step than the data set has.
+    """
     if asked.epochs > MOST_EPOCHS:
         raise UsageError(f"epochs is {asked.epochs}, expected at most {MOST_EPOCHS}")
     if len(asked.events) > _MOST_RECONFIGURATIONS:
@@ -223,7 +233,6 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
             f"one step takes {asked.batch * asked.gpus:,} images, {asked.batch:,} on each GPU; the data set has "
             f"{asked.images:,}"
         )
-    return asked
 
 
 # Training images, classes and, where all have one, shape of the images of published data sets; CIFAR as ptsim calls it.

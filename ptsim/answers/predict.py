@@ -13,7 +13,7 @@ from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import reduction
 from ptsim.costs.energy import step_energy
 from ptsim.costs.flops import flops_utilization, training_macs
-from ptsim.costs.memory import iteration_memory, usable_bytes
+from ptsim.costs.memory import iteration_memory
 from ptsim.costs.scaling import among, contention_of, hook_seconds
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import Tier, worst_tier
@@ -150,7 +150,7 @@ def predict(
     asked = options or PredictOptions()
     check_options(asked, changes)
     asked = msgspec.structs.replace(asked, **changes)  # what the values may be is checked where they are used
-    machine = load_cluster(cluster) if isinstance(cluster, str | Path) else cluster
+    machine = None if cluster is None else load_cluster(cluster)
     sharding = parse_sharding(asked.sharding)
     if machine is None and gpus is not None:
         raise UsageError(f"{gpus} GPUs were asked for without a cluster", hint="name one with --cluster")
@@ -253,7 +253,7 @@ def _prediction(
         allreduce_bytes_per_gpu=0.0 if expected is None else expected.wire_bytes_per_gpu,
         peak_memory_bytes=need.peak_bytes,
         memory_bytes=device.memory_bytes,
-        fits=need.device_bytes <= usable_bytes(device),
+        fits=need.fits(device),
         energy_joules=None if energy is None else count * energy.joules,
         low_energy_joules=None if energy is None else count * energy.low_j,
         high_energy_joules=None if energy is None else count * energy.high_j,
@@ -269,8 +269,6 @@ def _device(gpu: str | Path | Device | None, cluster: Cluster | None, calibrated
     Raises:
         UsageError: neither device nor cluster nor profile.
     """
-    if isinstance(gpu, Device):
-        return gpu
     if gpu is not None:
         return load_device(gpu)
     if cluster is not None and (cluster.device is not None or calibrated is None):

@@ -22,14 +22,14 @@ from ptsim.costs.times import StepTime
 from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import match_device
-from ptsim.hardware.profile import DeviceProfile, OperatorTime
+from ptsim.hardware.profile import DeviceProfile, OperatorTime, StepMeasurement
 from ptsim.hardware.profile_merge import merge_operators
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import Network
 from ptsim.sim import ddp
 from ptsim.sim.bounded import SecondsRange, data_parallel_step
 from ptsim.trace.pace import (
-    beyond_steps_s,
+    beyond_steps_s_per_image,
     changes,
     input_s_per_image,
     measured_changes,
@@ -59,6 +59,11 @@ class EpochCheck(msgspec.Struct, frozen=True, kw_only=True):
     predicted_energy_joules: float | None
     measured_exposed_communication_seconds: float
     predicted_exposed_communication_seconds: float | None
+
+    @property
+    def inside(self) -> bool:
+        """Whether the interval holds what was measured."""
+        return self.low_seconds <= self.measured_seconds <= self.high_seconds
 
 
 class RunCheck(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,23 +101,7 @@ def device_profile_of(traces: Sequence[Trace]) -> DeviceProfile:
     devices = dict.fromkeys(_device_words(trace) for trace in with_profiles)
     if len(devices) > 1:
         raise MissingMeasurementError(f"the other runs were made on different devices: {', '.join(devices)}")
-    operators: tuple[OperatorTime, ...] = ()
-    steps = []
-    for trace in with_profiles:
-        for profile in trace.profiles:
-            if trace.penalty_ratio == 0:  # older traces: microseconds between two clocks
-                profile = msgspec.structs.replace(profile, regularizer_s=0.0)
-            network = trace.networks[profile.architecture]
-            step, times = of_profile(
-                network,
-                profile,
-                optimizer=trace.optimizer,
-                momentum=trace.momentum,
-                criterion=trace.criterion or GROUP_LASSO,
-                proximal=trace.proximal,
-            )
-            operators = merge_operators(operators, times)
-            steps.append(step)
+    operators, steps = _operators_and_steps(with_profiles)
     inputs: dict[str, list[float]] = {}
     for trace in with_profiles:
         if (value := input_s_per_image(trace)) is not None:
@@ -133,8 +122,30 @@ def device_profile_of(traces: Sequence[Trace]) -> DeviceProfile:
         sources=tuple(str(trace.path) for trace in with_profiles),
         runs=tuple(trace.fingerprint for trace in with_profiles),
         operators=operators,
-        steps=tuple(steps),
+        steps=steps,
     )
+
+
+def _operators_and_steps(traces: Sequence[Trace]) -> tuple[tuple[OperatorTime, ...], tuple[StepMeasurement, ...]]:
+    """What the profiles inside some runs measured; of two measurements of one operator the later one."""
+    operators: tuple[OperatorTime, ...] = ()
+    steps = []
+    for trace in traces:
+        for profile in trace.profiles:
+            if trace.penalty_ratio == 0:  # older traces: microseconds between two clocks
+                profile = msgspec.structs.replace(profile, regularizer_s=0.0)
+            network = trace.networks[profile.architecture]
+            step, times = of_profile(
+                network,
+                profile,
+                optimizer=trace.optimizer,
+                momentum=trace.momentum,
+                criterion=trace.criterion or GROUP_LASSO,
+                proximal=trace.proximal,
+            )
+            operators = merge_operators(operators, times)
+            steps.append(step)
+    return operators, tuple(steps)
 
 
 def _device_words(trace: Trace) -> str:
@@ -174,7 +185,7 @@ def source_of(
             return msgspec.structs.replace(step, overhead_s=0.0, low_s=step.low_s * share, high_s=step.high_s * share)
 
         return measured, _Pace(
-            input_s_per_image=beyond_steps_s(first) * first.world_size / first.num_images if first.num_images else None,
+            input_s_per_image=beyond_steps_s_per_image(first),
             reconfiguration_s=next((event.duration_s for event in measured_changes(trace)), None),
         )
     of_others = profile is None

@@ -39,7 +39,7 @@ from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.sim.options import Options
 from ptsim.sim.run import change
-from ptsim.textfile import read_bytes, read_toml
+from ptsim.textfile import convert_toml, read_bytes, read_toml
 from ptsim.trace.io import MOST_BYTES, trace_path
 from ptsim.units import Bytes
 
@@ -161,26 +161,7 @@ def read_study(path: str | Path) -> Study:
         UsageError: an option out of its bounds, or different clusters of one name.
     """
     path = Path(path)
-    raw = read_toml(path)
-    for key in raw:
-        if key not in _File.__struct_fields__:
-            unknown = UnknownNameError("key", key, _File.__struct_fields__)
-            raise FileFormatError(path, unknown.message, hint=unknown.hint)
-    try:
-        file = msgspec.convert(raw, _File)
-    except msgspec.ValidationError as error:
-        raise FileFormatError(path, str(error)) from error
-    for key in ("traces", "clusters", "gpus", "what_ifs"):
-        if getattr(file, key) is not None and not getattr(file, key):
-            raise FileFormatError(path, f"{key} is empty, expected at least one")
-    for count in file.gpus:
-        if count < 1:
-            raise FileFormatError(path, f"gpus holds {count}, expected positive numbers")
-    for key, values in file.grid.items():
-        if not values:
-            raise FileFormatError(path, f"grid.{key} is empty, expected at least one value")
-    if "trace" in file.options or "trace" in file.grid:
-        raise FileFormatError(path, "trace is no option of [options] or [grid]; a what-if may name another trace")
+    file = _read_file(path)
     names = file.what_ifs if file.what_ifs is not None else ["as-recorded", *file.what_if]
     options = change(Options(), _near_devices(file.options, path))
     grid = {key: tuple(_near_devices({key: value}, path)[key] for value in file.grid[key]) for key in file.grid}
@@ -208,6 +189,27 @@ def read_study(path: str | Path) -> Study:
         options=options,
         profile=_checked_profile(file.profile, path, devices),
     )
+
+
+def _read_file(path: Path) -> _File:
+    """The study file as it is written, every list of which holds something.
+
+    Raises:
+        FileFormatError: as `read_study`.
+    """
+    file = convert_toml(path, read_toml(path), _File)
+    for key in ("traces", "clusters", "gpus", "what_ifs"):
+        if getattr(file, key) is not None and not getattr(file, key):
+            raise FileFormatError(path, f"{key} is empty, expected at least one")
+    for count in file.gpus:
+        if count < 1:
+            raise FileFormatError(path, f"gpus holds {count}, expected positive numbers")
+    for key, values in file.grid.items():
+        if not values:
+            raise FileFormatError(path, f"grid.{key} is empty, expected at least one value")
+    if "trace" in file.options or "trace" in file.grid:
+        raise FileFormatError(path, "trace is no option of [options] or [grid]; a what-if may name another trace")
+    return file
 
 
 def _checked_profile(name: str | None, study: Path, devices: Mapping[str, Device]) -> Path | None:

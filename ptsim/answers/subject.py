@@ -67,22 +67,10 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
                 the cost model.
         """
         trace = self.trace
-        known: StepSetting | None = None
-        if trace is not None and trace.epochs:
-            known = trace.setting_of(trace.epochs[-1])
-        elif trace is not None:
-            known = StepSetting(
-                batch=0,
-                precision=trace.run.precision,
-                memory_format=trace.run.memory_format,
-                optimizer=trace.optimizer,
-                momentum=trace.momentum,
-                proximal=trace.proximal,
-                num_gpus=trace.run.world_size,
-                told_update=trace.told_update,
-                told_penalties=trace.told_penalties,
-            )
-        recorded = known or StepSetting(batch=0)
+        if trace is None:
+            recorded = StepSetting(batch=0)
+        else:
+            recorded = trace.setting_of(trace.epochs[-1]) if trace.epochs else trace.usual_setting
         passes = recorded.passes if batch is None else 1
         if batch is None:
             batch = recorded.batch or default_batch
@@ -130,7 +118,7 @@ def find_subject(
         return Subject(network=subject)
     shape = None if input_shape is None else image_shape(input_shape)
     classes = None if num_classes is None else positive_number("classes", num_classes)
-    return Subject(network=_captured(subject, shape, classes))
+    return Subject(network=captured(subject, shape, classes))
 
 
 def find_trace(subject: Trace | str | Path) -> Trace:
@@ -154,7 +142,19 @@ def _as_trace(subject: Any) -> Trace | None:
     return read_trace(path) if is_run or looks_like_one else None
 
 
-def _captured(subject: Any, input_shape: tuple[int, int, int] | None, num_classes: int | None) -> Network:
+def captured(subject: Any, input_shape: tuple[int, int, int] | None, num_classes: int | None) -> Network:
+    """The network of a model by its name, or of a live module; imports torch.
+
+    Args:
+        subject: a zoo name, torchvision:NAME, path/to/file.py:function or a module.
+        input_shape: (channels, height, width); None for the model's usual one.
+        num_classes: outputs; None for the model's usual number.
+
+    Raises:
+        UsageError: a live module without an input shape.
+        UnknownNameError: no model of that name.
+        UnsupportedModelError: the network cannot be traced.
+    """
     from ptsim import zoo
 
     if isinstance(subject, str | Path):

@@ -36,7 +36,6 @@ MANY = 100_000  # configurations from which on a study asks first
 _CHUNK = 32  # configurations per task: a task costs about a millisecond, a configuration several
 _ROW = b'{"index":'  # how every line of results begins
 
-
 Whole: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e30)]  # no answer is larger
 

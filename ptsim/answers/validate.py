@@ -115,11 +115,10 @@ def validate(
             raise UsageError(f"{trace.path} has no whole epoch to compare with")
     if isinstance(profile, str | Path):
         profile = read_device_profile(profile)
-    if isinstance(cluster, str | Path):
-        cluster = load_cluster(cluster)
-    if cluster is not None and all(max(trace.world_sizes) == 1 for trace in runs):
+    where = None if cluster is None else load_cluster(cluster)
+    if where is not None and all(max(trace.world_sizes) == 1 for trace in runs):
         raise UsageError("a cluster is given, but every run had one rank and so no communication")
-    checks = [check_run(trace, *source_of(trace, runs, profile, holdout=holdout), cluster) for trace in runs]
+    checks = [check_run(trace, *source_of(trace, runs, profile, holdout=holdout), where) for trace in runs]
     source: Source = "device profile" if profile is not None else "other runs" if holdout else "own profiles"
     return _summary(runs, checks, source)
 
@@ -144,7 +143,6 @@ def _summary(runs: Sequence[Trace], checks: Sequence[RunCheck], source: Source) 
         reasons["saving_error_points"] = f"no pair differs by pruning alone: {'; '.join(unlike)}" if unlike else missing
     if not energy:
         reasons["energy_error"] = "no run recorded the energy of more than one epoch (NVML, on a GPU)"
-    inside = [epoch.low_seconds <= epoch.measured_seconds <= epoch.high_seconds for epoch in epochs]
     return Validation(
         whole_run_error=max(abs(check.error) for check in checks),
         epoch_mape=statistics.fmean(abs(epoch.error) for epoch in epochs),
@@ -152,7 +150,7 @@ def _summary(runs: Sequence[Trace], checks: Sequence[RunCheck], source: Source) 
         saving_error_points=max((abs(saving.error_points) for saving in savings), default=None),
         energy_error=max(energy, default=None),
         communication_error=max(communication, default=None),
-        interval_coverage=sum(inside) / len(inside),
+        interval_coverage=sum(epoch.inside for epoch in epochs) / len(epochs),
         source=source,
         tiers=tuple(sorted({epoch.tier for epoch in epochs}, key=lambda name: tier_row(name).order)),
         reasons=reasons,

@@ -23,15 +23,20 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     Parts that `torch.compile` has wrapped run as they were written.
     """
     known = computed_tensors(model) | tabled_tensors(model) | generators(model) | (memo or {})
-    compilers = [vars(part)["dynamo_ctx"] for part in model.modules() if "dynamo_ctx" in vars(part)]
+    compilers = [vars(part)["dynamo_ctx"] for part in model.modules() if compiled_inside(part) is not None]
     known |= {id(compiler): compiler for compiler in compilers}
     functions = FunctionTwins(model, known)
     twin = copy.deepcopy(model, known)
     functions.fill()
     for part in twin.modules():
-        if "dynamo_ctx" in vars(part):
-            vars(part)["forward"] = part._modules["_orig_mod"]
+        if (inside := compiled_inside(part)) is not None:
+            vars(part)["forward"] = inside
     return twin
+
+
+def compiled_inside(module: nn.Module) -> nn.Module | None:
+    """The module that `torch.compile` has wrapped in this one; None of any other module."""
+    return module._modules.get("_orig_mod") if "dynamo_ctx" in vars(module) else None
 
 
 def tabled_tensors(model: nn.Module) -> dict[int, Any]:

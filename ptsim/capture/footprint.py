@@ -30,20 +30,12 @@ from ptsim.capture.hollow import NoArithmetic
 from ptsim.capture.kept import KeptStorages
 from ptsim.capture.looking import let_hooks_look
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, Moment
+from ptsim.operators import AUTOCAST_FP32_GPU
 
 _BATCHES = (2, 3)
 _LARGEST = 2**20  # mini-batches beyond it are nobody's
-# What autocast runs in fp32 on a GPU and not on a CPU (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and
-# AT_FORALL_FP32_SET_OPT_DTYPE, without losses), by the names under which Python calls them.
-_FP32_ON_GPU = frozenset(
-    {"softmax", "log_softmax", "softmin", "gumbel_softmax", "softplus", "layer_norm", "group_norm", "rms_norm"}
-    | {"local_response_norm", "normalize", "norm", "vector_norm", "linalg_vector_norm", "matrix_norm"}
-    | {"linalg_norm", "linalg_matrix_norm", "__rdiv__", "erfinv"}
-    | {"cosine_similarity", "pairwise_distance", "cdist", "dist", "logsumexp", "sum", "cumsum", "cumprod", "prod"}
-    | {"pow", "__pow__", "__rpow__", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt"}
-    | {"acos", "asin", "cosh", "sinh", "tan", "interpolate", "upsample", "upsample_nearest", "upsample_bilinear"}
-)
 _WIDEST_ON_GPU = frozenset({"grid_sample", "grid_sampler"})  # of its operands (AT_FORALL_PROMOTE); on a CPU fp32
+_WIDER_ON_GPU = AUTOCAST_FP32_GPU | _WIDEST_ON_GPU
 _VECTOR = 16  # channels of oneDNN's blocked layout with AVX-512
 
 
@@ -214,9 +206,9 @@ class _LikeGpu(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if self._half and name in _FP32_ON_GPU | _WIDEST_ON_GPU and torch.is_autocast_enabled("cpu"):
+        if self._half and name in _WIDER_ON_GPU and torch.is_autocast_enabled("cpu"):
             self.bent = True
-            wider = _full_width if name in _FP32_ON_GPU else _as_wide_as(output_tensors((args, kwargs)))
+            wider = _full_width if name in AUTOCAST_FP32_GPU else _as_wide_as(output_tensors((args, kwargs)))
             args, kwargs = pytree.tree_map_only(Tensor, wider, (args, kwargs))
             with torch.autocast("cpu", enabled=False):
                 return func(*args, **kwargs)

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from ptsim.capture.rehearsal import Shape, Step
 from ptsim.network import LayerKind
-from ptsim.operators import BILINEAR, KIND_OF_OP, is_transposed, plain_name, usual_name
+from ptsim.operators import BILINEAR, KIND_OF_OP, TORCH_LIBRARIES, is_transposed, plain_name, registered_by, usual_name
 
 _PRODUCTS = {
     LayerKind.MATMUL: {"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"},
@@ -88,9 +88,10 @@ def takes_one_twice(node: fx.Node) -> bool:
 
 def foreign_operator(node: fx.Node) -> str | None:
     """The name of an operator that neither torch nor torchvision has registered (`mine::scale`); None for others."""
+    if registered_by(node.target) in (None, *TORCH_LIBRARIES, "torchvision"):
+        return None
     packet = getattr(node.target, "overloadpacket", node.target)
-    name = packet._qualified_op_name if isinstance(packet, torch._ops.OpOverloadPacket) else ""
-    return name if name and name.partition("::")[0] not in ("aten", "prims", "torchvision") else None
+    return str(packet._qualified_op_name)
 
 
 def counts_products(counted: Mapping[str, float]) -> bool:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ptsim.capture.copies import device_of, dtype_of, hollow_copy
+from ptsim.capture.copies import compiled_inside, device_of, dtype_of, hollow_copy
 from ptsim.capture.gradients import hooked_gradient, mark, traced_functions, without_gradient_hooks
 from ptsim.capture.looking import hooks_shown_values, random_values
 from ptsim.capture.standins import ShapedStandIn, StandIn
@@ -202,9 +202,8 @@ class Tracer(fx.Tracer):
         A DataParallel only calls the network inside: on several devices it is refused elsewhere. So does what
         `torch.compile` puts around a part.
         """
-        inside = m._modules.get("_orig_mod" if "dynamo_ctx" in vars(m) else "module")
-        around = isinstance(m, nn.DataParallel) or "dynamo_ctx" in vars(m)
-        if around and inside is not None and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks):
+        inside = m.module if isinstance(m, nn.DataParallel) else compiled_inside(m)
+        if inside is not None and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks):
             return inside(*args, **kwargs)
         if self.is_leaf_module(m, self.path_of_module(m)):
             return super().call_module(m, forward, args, kwargs)

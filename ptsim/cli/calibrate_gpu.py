@@ -22,12 +22,14 @@ from ptsim.trace.io import read_trace
 if TYPE_CHECKING:
     import torch
 
+DeviceName = Literal["auto", "cpu", "cuda"]
+
 
 def gpu(
     *,
     out: Path,
     trace: Annotated[list[Path] | None, cyclopts.Parameter(consume_multiple=True, negative="")] = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: DeviceName = "auto",
     minutes: float = 10.0,
     precision: PrecisionName | None = None,
     memory_format: MemoryFormat | None = None,
@@ -91,7 +93,7 @@ def _settings(precision: PrecisionName | None, memory_format: MemoryFormat | Non
     return (OperatorSetting(precision=numbers, memory_format=memory_format or "contiguous"),)
 
 
-def _device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+def _device(name: DeviceName) -> torch.device:
     """What is measured.
 
     Raises:

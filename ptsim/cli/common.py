@@ -15,7 +15,7 @@ from rich.text import Text
 from ptsim.textfile import ACTING
 
 
-def printable(text: str) -> str:
+def escaped(text: str) -> str:
     """The text; what would steer a terminal or turn the direction of writing is written as an escape."""
     if text.isprintable():  # false of line feeds, surrogates and formatting characters, too
         return text
@@ -40,7 +40,7 @@ class PlainConsole(PipedConsole):
 
     def render_str(self, text: str, **settings: Any) -> Text:
         """Every text that is printed comes through here, that of a table's cells too."""
-        return super().render_str(printable(text), **settings)
+        return super().render_str(escaped(text), **settings)
 
 
 def stdout_console(*, highlight: bool = True) -> Console:
@@ -59,7 +59,7 @@ def progress_console() -> Console:
 def say(text: str) -> None:
     """Print a line on stderr, if anybody can take it."""
     with contextlib.suppress(OSError):
-        print(printable(text), file=sys.stderr)
+        print(escaped(text), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def users_code() -> Iterator[None]:
 
 def print_line(text: object) -> None:
     """Print a line of data on stdout."""
-    print(printable(str(text)))
+    print(escaped(str(text)))
 
 
 def print_json(document: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from rich.box import SIMPLE_HEAD
@@ -13,6 +13,7 @@ from ptsim.answers.cost import CostReport
 from ptsim.answers.cost import cost as costs_of
 from ptsim.cli.common import print_json, stdout_console, users_code
 from ptsim.cli.options import Json, NetworkOptions, OptimizerOfTrace
+from ptsim.costs.flops import Convention
 from ptsim.costs.memory import MOST_IMAGES
 from ptsim.costs.run import EpochCost
 from ptsim.network import MemoryFormat
@@ -32,7 +33,7 @@ def cost(
     precision: PrecisionName | None = None,
     optimizer: OptimizerOfTrace = None,
     memory_format: MemoryFormat | None = None,
-    convention: Literal["exact", "paper"] = "exact",
+    convention: Convention = "exact",
     layers: bool = False,
     json: Json = False,
 ) -> None:

@@ -46,7 +46,6 @@ SETTINGS: dict[str, Any] = {
 # The proximal step reaches zeros exactly, so that channels go in a quarter of the run. How chosen: docs/demo.md.
 PRUNING: dict[str, Any] = {"penalty_ratio": 0.8, "interval": 2, "regularizer": "proximal"}
 
-
 # The paper's ResNet-50 on ImageNet as one would train it on one box of A100s today; nobody has trained it here.
 PLANNED: dict[str, Any] = {
     "model": "torchvision:resnet50",
@@ -69,18 +68,12 @@ def demo(
 ) -> None:
     """Train dense and PruneTrain on real digits, project both, and plan the paper's ResNet-50 on 8 A100s.
 
-    Parameters
-    ----------
-    out:
-        Folder for both runs and the report.
-    epochs:
-        Epochs of each run; fewer than the default show less pruning.
-    seed:
-        Seed of the weights and of the order of the images.
-    price:
-        USD per GPU-hour of the planned run; an assumption, since prices differ.
-    grid_intensity:
-        Grams of CO₂ that a kWh causes; without it, no CO₂.
+    Args:
+        out: Folder for both runs and the report.
+        epochs: Epochs of each run; fewer than the default show less pruning.
+        seed: Seed of the weights and of the order of the images.
+        price: USD per GPU-hour of the planned run; an assumption, since prices differ.
+        grid_intensity: Grams of CO₂ that a kWh causes; without it, no CO₂.
     """
     check_folder_writable(out)  # before torch is imported
     from ptsim.report.build import check_assumptions, write, write_report
@@ -196,16 +189,7 @@ def typical_seconds(epochs: tuple[Epoch, ...]) -> float:
 def _course(run: Trace) -> Table:
     """PruneTrain at work: one row per architecture that was trained."""
     table = Table(title="PruneTrain, epoch by epoch (accuracy and seconds measured, the rest counted)")
-    for heading in (
-        "from epoch",
-        "accuracy",
-        "channels",
-        "layers",
-        "MACs/epoch",
-        "BatchNorm/epoch",
-        "memory",
-        "epoch",
-    ):
+    for heading in ("from epoch", "accuracy", "channels", "layers", "MACs/epoch", "BatchNorm/epoch", "memory", "epoch"):
         table.add_column(heading, justify="right")
     seen: dict[str, list[Epoch]] = {}
     for epoch in run.epochs:

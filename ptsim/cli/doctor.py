@@ -64,11 +64,14 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     extras: dict[str, bool]
 
 
+State = Literal["yes", "partly", "no"]
+
+
 class Ability(msgspec.Struct, frozen=True, kw_only=True):
     """Whether something can be done on this machine; if only in part or not at all, why, and what helps."""
 
     name: str
-    state: Literal["yes", "partly", "no"]
+    state: State
     reason: str = ""
     remedy: str = ""
 
@@ -123,7 +126,7 @@ def examine(machine: Machine) -> Examination:
 
 def _tiers(machine: Machine) -> tuple[Ability, ...]:
     """Where a step's time can come from, best first: what this machine itself can measure for the upper two."""
-    state: Literal["yes", "partly", "no"] = "yes"
+    state: State = "yes"
     reason = remedy = ""
     if machine.torch is None:
         state, reason = "no", "nothing can be measured here without torch"

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ptsim import zoo
+from ptsim.answers.subject import captured
 from ptsim.cli.common import print_json, stdout_console, users_code
 from ptsim.cli.options import Json, NetworkOptions, Out
 from ptsim.cli.reading import check_output
@@ -21,7 +22,7 @@ from ptsim.measure.kineto import UNKNOWN, KinetoImport, import_kineto
 from ptsim.network import MemoryFormat, Network
 from ptsim.setting import PrecisionName, parse_precision, positive_number
 from ptsim.textfile import check_writable
-from ptsim.units import Bytes, format_seconds
+from ptsim.units import Bytes, counted, format_seconds
 
 app = cyclopts.App(name="import", help="Turn what other programs measured into a device profile.")
 
@@ -95,13 +96,9 @@ def _bytes(text: str) -> int:
 
 
 def _network(model: str, options: NetworkOptions) -> Network:
-    from ptsim.capture.network import capture_network
-
+    classes = None if options.classes is None else positive_number("classes", options.classes)
     with users_code():
-        entry = zoo.find(model)
-        count = entry.num_classes if options.classes is None else positive_number("classes", options.classes)
-        shape = options.input_shape or entry.input_shape
-        return capture_network(zoo.create(model, num_classes=count), name=model, input_shape=shape, num_classes=count)
+        return captured(model, options.input_shape, classes)
 
 
 def _print(found: KinetoImport, out: Path) -> None:
@@ -109,7 +106,7 @@ def _print(found: KinetoImport, out: Path) -> None:
     steps = sum(rank.num_steps for rank in found.ranks)
     batch = "" if found.batch is None else f", mini-batch {found.batch}"
     console.print(
-        f"{found.device}: {steps} steps of {len(found.ranks)} file{'s' if len(found.ranks) > 1 else ''}{batch}, "
+        f"{found.device}: {steps} steps of {counted(len(found.ranks), 'file')}{batch}, "
         f"{found.precision}, {found.memory_format}"
     )
     table = Table("part", "time", "share of the step", box=SIMPLE_HEAD)

@@ -23,6 +23,7 @@ from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName
 from ptsim.textfile import check_writable, read_toml
 from ptsim.trace.io import trace_path, write_trace
+from ptsim.trace.pace import changes
 from ptsim.trace.trace import Trace
 from ptsim.units import counted
 
@@ -115,7 +116,7 @@ def _check_files(model: str, pruning: str, out: Path) -> None:
 
 def _show(document: dict[str, Any], draws: list[dict[str, Any]], trace: Trace) -> None:
     console = stdout_console()
-    changed = sum(event.before != event.after for event in trace.reconfigurations)
+    changed = len(changes(trace))
     epochs, kinds = counted(len(trace.epochs), "epoch"), counted(document["architectures"], "architecture")
     removing = counted(changed, "reconfiguration that removes", "reconfigurations that remove")
     console.print(

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from ptsim import zoo
-from ptsim.cli.common import print_json, stdout_console, users_code
+from ptsim.cli.common import print_json, say, stdout_console, users_code
 from ptsim.cli.options import Json, Settings
 from ptsim.cli.reading import check_run_folder, read_settings
 from ptsim.errors import UsageError
@@ -152,5 +152,5 @@ def _run(training: Callable[[], Result]) -> Result:
             return training()
     except TrainingInterrupted as stopped:
         text = f"interrupted ({stopped}); go on with: ptsim train --resume {shlex.quote(str(stopped.folder))}"
-        print(text, file=sys.stderr)
+        say(text)
         sys.exit(130)

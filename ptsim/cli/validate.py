@@ -10,10 +10,10 @@ from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ptsim.answers.repredict import RunCheck
+from ptsim.answers.repredict import EpochCheck, RunCheck
 from ptsim.answers.validate import Validation
 from ptsim.answers.validate import validate as compare
-from ptsim.answers.validate_mllog import validate_mllog
+from ptsim.answers.validate_mllog import MllogCheck, validate_mllog
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.options import Json, Profile
 from ptsim.errors import UsageError
@@ -108,7 +108,7 @@ def _validate_mllog(log: Path, options: MlPerfOptions, cluster: str | None, *, j
         "step",
         format_seconds(check.measured_step_seconds),
         format_seconds(check.predicted_step_seconds),
-        f"{format_seconds(check.low_seconds)} – {format_seconds(check.high_seconds)}",
+        _ends(check),
         f"{check.error:+.1%}",
     )
     table.add_row(
@@ -117,6 +117,11 @@ def _validate_mllog(log: Path, options: MlPerfOptions, cluster: str | None, *, j
     console.print(table)
     for note in check.notes:
         console.print(f"note: {note}")
+
+
+def _ends(found: MllogCheck | EpochCheck | RunCheck) -> str:
+    """Both ends of the predicted time's interval."""
+    return f"{format_seconds(found.low_seconds)} – {format_seconds(found.high_seconds)}"
 
 
 def _run_table(run: RunCheck) -> Table:
@@ -134,7 +139,7 @@ def _run_table(run: RunCheck) -> Table:
             epoch.architecture[:8],
             format_seconds(epoch.measured_seconds),
             format_seconds(epoch.predicted_seconds),
-            f"{format_seconds(epoch.low_seconds)} – {format_seconds(epoch.high_seconds)}",
+            _ends(epoch),
             f"{epoch.error:+.1%}",
             "–" if memory is None else format_bytes(memory),
             format_bytes(epoch.predicted_memory_bytes),
@@ -145,7 +150,7 @@ def _run_table(run: RunCheck) -> Table:
         "",
         format_seconds(run.measured_seconds),
         format_seconds(run.predicted_seconds),
-        f"{format_seconds(run.low_seconds)} – {format_seconds(run.high_seconds)}",
+        _ends(run),
         f"{run.error:+.1%}",
     )
     return table

@@ -217,7 +217,7 @@ def allreduce(cluster: str | Path | Cluster, gpus: int, message_bytes: float, al
     Raises:
         UsageError: unknown cluster, a size that is negative or not finite, no GPUs, or more GPUs than the cluster has.
     """
-    found = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
+    found = load_cluster(cluster)
     num_bytes, num_gpus = real_number("message_bytes", message_bytes), whole_number("gpus", gpus)
     return all_reduce(num_bytes, found, num_gpus, algorithm=algorithm)
 

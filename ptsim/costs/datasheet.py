@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import functools
 import math
-from importlib import resources
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from ptsim.costs.kernels import Floats, Kernels, Pass, Work, network_kernels
+from ptsim.costs.shipped import shipped
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
 from ptsim.costs.traffic import again_bytes, cast_bytes, update_traffic
@@ -120,7 +120,7 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class Interval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """90 % of log(measured / predicted) of rows left out of the fit lies between low and high, in units of a spread.
 
-    The spread of a step is √(base² + unsureness²), with what may make it shorter below and longer above.
+    The spread of a step is √(base² + uncertainty²), with what may make it shorter below and longer above.
     """
 
     base: float
@@ -128,7 +128,7 @@ class Interval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     high: float
 
     def around(self, seconds: float, below: float, above: float) -> tuple[float, float]:
-        """The interval around a predicted time whose unsureness is `below` and `above`."""
+        """The interval around a predicted time whose uncertainty is `below` and `above`."""
         low, high = self.low * math.hypot(self.base, below), self.high * math.hypot(self.base, above)
         return seconds * math.exp(low), seconds * math.exp(high)
 
@@ -202,7 +202,7 @@ _TILES = ((256, 128), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32
 # GPUs, groups without a tensor-core kernel of one; padded channels, and kernels that take the least that a kernel
 # takes, are assumed. Of transposed convolutions and those over one or three axes there is no row at all: a factor of
 # two either way. Hosts: what the machines of the rows differ by.
-_UNSURE = {
+_UNCERTAINTY = {
     "halves": 0.12,
     "depthwise": 0.15,
     "grouped": 0.15,
@@ -352,7 +352,7 @@ def waiting_seconds(
     return max(float(done), updated) - float(rest[:1].sum())
 
 
-def unsureness(kernels: Kernels, seconds: Floats, efficiency: Efficiency) -> float:
+def uncertainty(kernels: Kernels, seconds: Floats, efficiency: Efficiency) -> float:
     """Standard deviation of log(time) on the GPU from the parts that the fit's rows say little of.
 
     Args:
@@ -372,7 +372,7 @@ def unsureness(kernels: Kernels, seconds: Floats, efficiency: Efficiency) -> flo
         "least": min(float(least.sum()) / total_s, 1.0),
         "unfitted": float(seconds[kernels.unfitted].sum()) / total_s,
     }
-    return math.sqrt(sum((_UNSURE[part] * share) ** 2 for part, share in shares.items()))
+    return math.sqrt(sum((_UNCERTAINTY[part] * share) ** 2 for part, share in shares.items()))
 
 
 def spreads(
@@ -386,15 +386,15 @@ def spreads(
 ) -> tuple[float, float, float]:
     """What the GPU waits for the host, and how far log(time) of the step may be below and above: one deviation each.
 
-    Hosts differ by `_UNSURE["host"]`, which counts as far as a faster or a slower one changes the step. TF32 may take
-    longer by `_EARLY_TF32`.
+    Hosts differ by `_UNCERTAINTY["host"]`, which counts as far as a faster or a slower one changes the step. TF32 may
+    take longer by `_EARLY_TF32`.
     """
-    hosts = (fit.host.times(math.exp(sign * _UNSURE["host"])) for sign in (0, -1, 1))
+    hosts = (fit.host.times(math.exp(sign * _UNCERTAINTY["host"])) for sign in (0, -1, 1))
     waiting, faster, slower = (
         waiting_seconds(kernels, seconds, update_s, num_tensors, host, num_launches) for host in hosts
     )
     gpu_s = float(seconds.sum()) + update_s
-    gpu = unsureness(kernels, seconds, fit.efficiency)
+    gpu = uncertainty(kernels, seconds, fit.efficiency)
     step_s = gpu_s + waiting
     return (
         waiting,
@@ -414,7 +414,7 @@ def waiting_share(step_s: float, predicted: StepTime) -> float:
         predicted: the same step from the data sheet.
     """
     kernels_s = predicted.compute_s - predicted.overhead_s
-    host = (_UNSURE["host"] * predicted.overhead_s) ** 2
+    host = (_UNCERTAINTY["host"] * predicted.overhead_s) ** 2
     if not host:
         return 0.0
     gpu = (load_intervals().known_device.base * kernels_s) ** 2
@@ -425,20 +425,20 @@ def waiting_share(step_s: float, predicted: StepTime) -> float:
 @functools.lru_cache(maxsize=1)
 def load_fit() -> Fit:
     """The fitted efficiencies that ptsim ships."""
-    return msgspec.toml.decode(resources.files("ptsim.costs").joinpath("efficiency.toml").read_bytes(), type=Fit)
+    return shipped("efficiency.toml", Fit)
 
 
 @functools.lru_cache(maxsize=1)
 def load_intervals() -> Intervals:
     """The intervals that ptsim ships."""
-    return msgspec.toml.decode(resources.files("ptsim.costs").joinpath("residuals.toml").read_bytes(), type=Intervals)
+    return shipped("residuals.toml", Intervals)
 
 
 def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fit: Fit | None = None) -> StepTime:
     """One training step by roofline and fitted efficiencies.
 
-    The host launches every operator; `overhead_s` is what the GPU waits for that. `fit`
-    stands in for the fit that ptsim ships.
+    The host launches every operator; `overhead_s` is what the GPU waits for that. `fit` stands in for the fit that
+    ptsim ships.
     """
     fit = fit or load_fit()
     precision = setting.precision

@@ -12,14 +12,16 @@ the other layers cost is memory traffic (`costs.traffic`). The two conventions a
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
+from ptsim.errors import UsageError
 from ptsim.network import PRODUCTS, Layer, LayerKind, Network
 from ptsim.operators import BILINEAR, num_taps
 
 Convention = Literal["exact", "paper"]
+CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
 
 class LayerMacs(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,14 +42,23 @@ class LayerMacs(msgspec.Struct, frozen=True, kw_only=True):
         return self.forward + self.backward
 
 
+def check_convention(name: str) -> None:
+    """Refuse what is no way of counting.
+
+    Raises:
+        UsageError: `name` is neither "exact" nor "paper".
+    """
+    if name not in CONVENTIONS:
+        raise UsageError(f"convention is {name!r}, expected {' or '.join(map(repr, CONVENTIONS))}")
+
+
 def layer_macs(layer: Layer, convention: Convention = "exact") -> LayerMacs:
     """What `layer` computes for one image; all 0 for a layer without products.
 
     Raises:
-        ValueError: the convention is neither "exact" nor "paper".
+        UsageError: the convention is neither "exact" nor "paper".
     """
-    if convention not in ("exact", "paper"):
-        raise ValueError(f"convention is {convention!r}, expected 'exact' or 'paper'")
+    check_convention(convention)
     if layer.kind not in PRODUCTS:
         return LayerMacs(forward=0, weight_gradient=0, input_gradient=0)
     forward = layer.forward_macs

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import functools
 import math
-from importlib import resources
 from typing import Literal
 
 import msgspec
 
+from ptsim.costs.shipped import shipped
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.spec import Cluster
 
@@ -67,8 +67,7 @@ class Supply(msgspec.Struct, frozen=True, kw_only=True):
 @functools.cache
 def pipelines() -> dict[str, Pipeline]:
     """The pipelines that ptsim knows, by name."""
-    content = resources.files("ptsim.costs").joinpath("input.toml").read_bytes()
-    return msgspec.toml.decode(content, type=dict[str, Pipeline])
+    return shipped("input.toml", dict[str, Pipeline])
 
 
 def find_pipeline(name: str) -> Pipeline:

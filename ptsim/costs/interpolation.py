@@ -7,8 +7,8 @@ Between measured operators of one family (same operator, kernel and stride) the 
 R is a physical model fitted to the family itself: products on whole tiles of channels, bytes moved, a constant, each
 with a weight that is not negative; it makes the stairs of tile quantisation. g is a Gaussian process over the octaves
 of pixels, channels and kernel (exponential covariance): near measured operators it holds what else the device does,
-far from them it says nothing, and it knows how little it knows. The tile, the reach of g and the share of noise are
-those under which each operator, predicted from the others, is most likely (Rasmussen & Williams, 2006, §5.4.2).
+far from them it says nothing, and it knows how little it knows. The tile, the length scale of g and the share of noise
+are those under which each operator, predicted from the others, is most likely (Rasmussen & Williams, 2006, §5.4.2).
 Own code, because scikit-learn's regressor offers the marginal likelihood only, and no such mean function.
 """
 
@@ -34,17 +34,15 @@ Family = tuple[object, ...]
 Floats = NDArray[np.float64]
 
 _TILES = (1, 4, 8, 16, 32, 64)
-_REACHES = (0.7, 2.0, 6.0, 20.0)  # octaves over which what R leaves over is alike
+_LENGTH_SCALES = (0.7, 2.0, 6.0, 20.0)  # of g, in octaves
 _NOISES = (0.01, 0.1, 0.5)  # variance of a repetition, as a fraction of that between operators
-_OFFSET, _APARTS = (
-    1.0,
-    (0.1, 0.3, 1.0),
-)  # variance of what an operator alone takes less or more than in a step, likewise
+# Variance, likewise, of what operators alone take less or more than in a step: all of one family, and each by itself.
+_OFFSET, _APARTS = 1.0, (0.1, 0.3, 1.0)
 _FEWEST = 24  # convolutions of a family; with fewer it is joined with its relatives
 _FEWEST_MOVING = 8  # the same of operators whose time follows their bytes alone
-_FREEDOMS = 4  # that the physical model and the hyper-parameters take from the samples
+_DEGREES_OF_FREEDOM = 4  # that the physical model and the hyper-parameters take from the samples
 _MULTIPLIES = (LayerKind.CONV, LayerKind.LINEAR)
-_UNKNOWN_LOG_ERROR = math.log(2.0)  # what is said of a device profile with one operator and nothing to compare it to
+UNKNOWN_LOG_ERROR = math.log(2.0)  # of a time that nothing can be compared to
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,8 +125,8 @@ class _Curve:
             if not weights.any():
                 continue
             residuals = np.log(times / (features @ weights))
-            for reach, noise, apart in itertools.product(_REACHES, _NOISES, aparts):
-                near = np.exp(-distances / reach)
+            for length_scale, noise, apart in itertools.product(_LENGTH_SCALES, _NOISES, aparts):
+                near = np.exp(-distances / length_scale)
                 covariance = near + noise * np.eye(len(times)) + alone * (_OFFSET + apart * near)
                 inverse = np.linalg.inv(covariance)
                 weighted = inverse @ residuals
@@ -137,18 +135,18 @@ class _Curve:
                 variance = float(np.mean(left_out**2 * precision))
                 fit = -0.5 * len(times) * math.log(max(variance, 1e-12)) + 0.5 * float(np.log(precision).sum())
                 if fit > best:
-                    best, self._tile, self._weights, self._reach = fit, tile, weights, reach
+                    best, self._tile, self._weights, self._length_scale = fit, tile, weights, length_scale
                     self._inverse, self._pull, self._variance, self._noise = inverse, weighted, variance, noise
         distinct = len(set(operators))
-        self._few = distinct <= _FREEDOMS
-        self._variance *= distinct / max(distinct - _FREEDOMS, 1)
+        self._few = distinct <= _DEGREES_OF_FREEDOM
+        self._variance *= distinct / max(distinct - _DEGREES_OF_FREEDOM, 1)
 
     def estimate(self, operator: Operator) -> tuple[float, float]:
         """Seconds, and the standard deviation of their logarithm."""
-        near = np.exp(-_distances(_place(operator)[None, :], self._places)[0] / self._reach)
+        near = np.exp(-_distances(_place(operator)[None, :], self._places)[0] / self._length_scale)
         seconds = float(_features(operator, self._tile) @ self._weights * np.exp(near @ self._pull))
         if self._few:
-            return seconds, _UNKNOWN_LOG_ERROR
+            return seconds, UNKNOWN_LOG_ERROR
         unknown = 1.0 + self._noise - float(near @ self._inverse @ near)
         return seconds, math.sqrt(self._variance * max(unknown, 0.0))
 

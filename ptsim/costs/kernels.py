@@ -206,7 +206,7 @@ def convolution_kernels(
     y = float(batch * layer.output_elements * element)
     w = float(layer.out_channels * channels_in * num_taps(layer) * element)
     stride = _stride(layer)
-    depthwise = channels_in == 1 and layer.groups > 1
+    depthwise = layer.is_depthwise
     # Half-precision tensor-core kernels load 16 bytes at once; other channel counts are padded by a copy. Kernels for
     # images of three or four channels exist.
     ragged = halves and any(count % LOADED_HALVES for count in (channels_in, channels_out) if count > 4)

@@ -79,6 +79,10 @@ class MemoryNeed(msgspec.Struct, frozen=True, kw_only=True):
     peak_bytes: int
     device_bytes: int
 
+    def fits(self, device: Device) -> bool:
+        """Whether a process on that device can have so much memory."""
+        return self.device_bytes <= usable_bytes(device)
+
 
 def iteration_memory(
     network: Network, setting: StepSetting, *, device: Device | None = None, buckets: Sequence[Bucket] | None = None
@@ -99,7 +103,6 @@ def iteration_memory(
         UnknownNameError: no such optimizer.
     """
     batch, precision, memory_format = setting.pass_batch, setting.precision, setting.memory_format
-    held = setting.data_parallel or setting.passes > 1  # gradients stay from one pass to the next
     if batch <= 0:
         raise ValueError(f"batch is {batch}, expected a positive number of images")
     optimizer = kind_of(setting)
@@ -111,15 +114,10 @@ def iteration_memory(
     shared = setting.num_gpus if setting.sharding != "none" else 1
     states = _share(optimizer.states(setting.momentum) * learnt, shared)
     library = _library_workspace(network, device) if device is not None and gpu else 0
-    gradients = learnt if held else 0
-    if setting.sharding == "zero2" and setting.passes == 1:
-        used = ddp_buckets(network) if buckets is None else buckets
-        sizes = (0, *(bucket.num_bytes for bucket in used))
-        neighbours = max((reduced + filling for reduced, filling in itertools.pairwise(sizes)), default=0)
-        gradients = min(gradients, _share(learnt, shared) + neighbours)
+    gradients = _held_gradients(network, setting, learnt, buckets)
     copies = seen.weight_copy_bytes
     kept = seen.kept_fixed_bytes + batch * seen.kept_image_bytes - copies
-    highest = _highest(seen, network, batch, memory_format=memory_format, buckets=held)
+    highest = _highest(seen, network, batch, memory_format=memory_format, buckets=setting.holds_gradients)
     images = -(-batch * (4 * math.prod(network.input_shape) + 8) // block) * block  # 8: the label
     width = precision.activation_bytes
     workspace = max((layer_workspace(layer, batch, width, memory_format) for layer in network.layers), default=0)
@@ -130,7 +128,7 @@ def iteration_memory(
         copies_of_update = _share(_UPDATE_COPIES * learnt, shared)
     else:
         copies_of_update = 4 * max((p.num_elements for p in network.gradients), default=0)
-    update = (0 if held else learnt) + max(copies_of_update, penalty.scratch_bytes)
+    update = (0 if setting.holds_gradients else learnt) + max(copies_of_update, penalty.scratch_bytes)
     peak = persistent + max(highest, update)
     margin = CPU_HALF_MARGIN if setting.half else CPU_MARGIN
     return MemoryNeed(
@@ -144,6 +142,25 @@ def iteration_memory(
         if gpu
         else round((1 + margin) * peak) + fallback_scratch(network, 1 if device is None else device.num_sms),
     )
+
+
+def _held_gradients(network: Network, setting: StepSetting, learnt: int, buckets: Sequence[Bucket] | None) -> int:
+    """Bytes of gradients that are there all the time: in buckets on several GPUs, and from one pass to the next.
+
+    Args:
+        network: what is trained.
+        setting: how a step is run.
+        learnt: bytes of all gradients.
+        buckets: of the gradients; None for those of DDP's own caps.
+    """
+    if not setting.holds_gradients:
+        return 0
+    if setting.sharding != "zero2" or setting.passes > 1:
+        return learnt
+    used = ddp_buckets(network) if buckets is None else buckets
+    sizes = (0, *(bucket.num_bytes for bucket in used))
+    neighbours = max((reduced + filling for reduced, filling in itertools.pairwise(sizes)), default=0)
+    return min(learnt, _share(learnt, setting.num_gpus) + neighbours)
 
 
 def _share(num_bytes: float, parts: int) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-from importlib import resources
 from typing import Literal
 
 import msgspec
@@ -23,6 +22,7 @@ from ptsim.costs.algorithms import (
     fullest_node,
     reachable_nics,
 )
+from ptsim.costs.shipped import shipped
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import Cluster, Link, LinkKind
 
@@ -49,8 +49,6 @@ _HOP_S: dict[LinkKind, dict[Protocol, tuple[float, float]]] = {
     LinkKind.TCPX: _NETWORK_HOP_S,
     LinkKind.TCP: _NETWORK_HOP_S,
 }
-
-
 _NVLS_S = 25e-6  # in-switch reduction: one latency for the node, however many GPUs; same source, hwLat of NVLS
 
 
@@ -95,7 +93,7 @@ class NcclFit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 @functools.cache
 def default_fit() -> NcclFit:
     """The constants that `analysis/fit_allreduce.py` found."""
-    return msgspec.toml.decode(resources.files("ptsim.costs").joinpath("nccl.toml").read_bytes(), type=NcclFit)
+    return shipped("nccl.toml", NcclFit)
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,15 +155,14 @@ def _lines(
 ) -> tuple[Line, ...]:
     per_node = fullest_node(cluster, num_gpus, num_nodes)
     nics = reachable_nics(cluster, num_gpus, num_nodes)
-    as_measured = {link.kind for link in (cluster.intra, cluster.inter) if link} == {LinkKind.MEASURED}
+    as_measured = _is_measured(cluster)
     found = []
     for protocol in PROTOCOLS:
         for algorithm in algorithms:
             ring = int(not algorithm.like_a_tree)
             intra = _effective(cluster.intra, protocol, ring, per_node, 1, cluster.nvswitch, fit)
             hops_intra, hops_inter, volume_intra, volume_inter = algorithm.work(cluster, num_gpus, num_nodes)
-            base_scale = 0.0 if as_measured else fit.base_scale[protocol]  # measured latencies hold it already
-            latency = base_scale * _BASE_S[protocol][ring] + hops_intra * intra[0]
+            latency = _call_s(cluster, protocol, ring, fit) + hops_intra * intra[0]
             intra_s = volume_intra / intra[1] if per_node > 1 else 0.0
             if cluster.reduces_in_switch and protocol == "Simple" and algorithm.uses_switch and per_node > 2:
                 intra_s = min(intra_s, 1 / (fit.nvls_share * cluster.intra.bandwidth_bytes_per_s))
@@ -220,9 +217,18 @@ def effective_cluster(cluster: Cluster, num_gpus: int, num_nodes: int, line: Lin
     inter = None if cluster.inter is None else seen(cluster.inter, num_nodes, cluster.nics_per_node, True)
     # a single GPU per node has no peer inside: its port is as fast as with one
     intra = seen(cluster.intra, max(2, per_node), 1, cluster.nvswitch)
-    as_measured = {link.kind for link in (cluster.intra, cluster.inter) if link} == {LinkKind.MEASURED}
-    base_s = 0.0 if as_measured else fit.base_scale[line.protocol] * _BASE_S[line.protocol][ring]
-    return msgspec.structs.replace(cluster, intra=intra, inter=inter, tables=()), base_s
+    effective = msgspec.structs.replace(cluster, intra=intra, inter=inter, tables=())
+    return effective, _call_s(cluster, line.protocol, ring, fit)
+
+
+def _is_measured(cluster: Cluster) -> bool:
+    """Whether its links hold fitted measurements, and no data sheet's numbers."""
+    return {link.kind for link in (cluster.intra, cluster.inter) if link} == {LinkKind.MEASURED}
+
+
+def _call_s(cluster: Cluster, protocol: Protocol, ring: int, fit: NcclFit) -> float:
+    """Seconds that a call takes whatever its hops; measured latencies hold them already."""
+    return 0.0 if _is_measured(cluster) else fit.base_scale[protocol] * _BASE_S[protocol][ring]
 
 
 def _effective(

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from scipy.optimize import nnls
 
-from ptsim.costs.interpolation import Estimate, Family, Interpolator, convolution_form
+from ptsim.costs.interpolation import UNKNOWN_LOG_ERROR, Estimate, Family, Interpolator, convolution_form
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import Z90, LayerTime, StepTime
 from ptsim.costs.traffic import network_traffic
@@ -194,7 +194,7 @@ class _Device:
         if layer.kind in _MOVES and self._copy_bandwidth_bytes_per_s is not None:
             rate = self._copy_bandwidth_bytes_per_s
             forward, backward = (
-                Estimate(seconds=num_bytes / rate, log_error=math.log(2.0), family=(layer.kind,))
+                Estimate(seconds=num_bytes / rate, log_error=UNKNOWN_LOG_ERROR, family=(layer.kind,))
                 for num_bytes in (own.forward_bytes, own.backward_bytes)
             )
             return forward, backward

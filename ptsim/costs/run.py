@@ -58,7 +58,7 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
         world_size: count communication for so many devices instead of the recorded ones.
 
     Raises:
-        ValueError: the convention is unknown or the world size not positive.
+        ValueError: the convention is unknown, or the world size is not positive.
     """
     if world_size is not None and world_size <= 0:
         raise ValueError(f"world_size is {world_size}, expected a positive number of devices")

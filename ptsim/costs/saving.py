@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import functools
 import math
-from pathlib import Path
 
 import msgspec
 
+from ptsim.costs.shipped import shipped
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import Z90
-from ptsim.errors import FileFormatError
-from ptsim.textfile import read_toml
 
 
 class SavingError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,16 +34,8 @@ class SavingError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 @functools.cache
 def saving_errors() -> dict[str, SavingError]:
-    """The measured error of a ratio, per tier.
-
-    Raises:
-        FileFormatError: the installation's `saving.toml` is damaged.
-    """
-    path = Path(__file__).with_name("saving.toml")
-    try:
-        return {**msgspec.convert(read_toml(path), dict[Tier, SavingError])}
-    except msgspec.ValidationError as error:
-        raise FileFormatError(path, str(error)) from error
+    """The measured error of a ratio, per tier."""
+    return {**shipped("saving.toml", dict[Tier, SavingError])}
 
 
 CALIBRATED = (Tier.MEASURED, Tier.PROFILED)

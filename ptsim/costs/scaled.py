@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgspec
+
 from ptsim.costs.datasheet import waiting_share
 from ptsim.costs.measured import step_of_profile
 from ptsim.costs.tiers import Tier
@@ -72,14 +74,10 @@ def scaled_step(network: Network, profile: Profile, *, here: StepTime, there: St
         tier=Tier.SCALED,
     )
     total_s = step.compute_s
-    return StepTime(
-        layers=step.layers,
-        optimizer_s=step.optimizer_s,
-        regularizer_s=step.regularizer_s,
-        overhead_s=step.overhead_s,
+    return msgspec.structs.replace(
+        step,
         low_s=total_s * _ratio(there.low_s, there.compute_s),
         high_s=total_s * _ratio(there.high_s, there.compute_s),
-        tier=Tier.SCALED,
     )
 
 

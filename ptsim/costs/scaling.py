@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import functools
 import math
-from importlib import resources
 
 import msgspec
 
 from ptsim.costs.collectives import nodes_for
 from ptsim.costs.datasheet import load_intervals
+from ptsim.costs.shipped import shipped
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import StepTime
 from ptsim.hardware.spec import Cluster, LinkKind
@@ -45,7 +45,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 @functools.cache
 def load_scaling() -> Scaling:
     """The constants that ptsim ships."""
-    return msgspec.toml.decode(resources.files("ptsim.costs").joinpath("scaling.toml").read_bytes(), type=Scaling)
+    return shipped("scaling.toml", Scaling)
 
 
 def tensor_seconds(num_gpus: int, *, on_gpus: bool) -> float:

@@ -48,9 +48,7 @@ def step_time(
         raise UsageError(f"mini-batch {setting.batch} is not positive")
     if setting.passes > 1:
         return step_time(network, device, setting.one_pass, measurements=measurements).accumulated(setting.passes)
-    if setting.precision not in device.peak_flops_per_s:
-        supported = ", ".join(sorted(device.peak_flops_per_s))
-        raise UsageError(f"{device.name} does not support {setting.precision}; it supports {supported}")
+    device.check_precision(setting.precision)
     kind_of(setting)
     known = measurements or Measurements()
     calibrated = known.device_profile

@@ -9,12 +9,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from ptsim.costs.kernels import (
-    BATCH_NORM_BACKWARD,
-    BATCH_NORM_FORWARD,
-    Pass,
-    network_kernels,
-)
+from ptsim.costs.kernels import BATCH_NORM_BACKWARD, BATCH_NORM_FORWARD, Pass, network_kernels
 from ptsim.costs.times import SUM_ACCESSES
 from ptsim.network import LayerKind, Network
 from ptsim.optimizers import OPTIMIZERS, OptimizerKind
@@ -63,8 +58,11 @@ def update_traffic(
 ) -> int:
     """Bytes of one optimizer update of every fp32 parameter that has a gradient, weight decay included.
 
-    `optimizer`: its name, or its row. `momentum`: None for the optimizer's own; 0 spares what a momentum reads and
-    writes.
+    Args:
+        network: whose parameters are updated.
+        optimizer: its name, or its row.
+        momentum: None for the optimizer's own; 0 spares what a momentum reads and writes.
+        fused: one kernel does it all; else torch's default form.
 
     Raises:
         UnknownNameError: no such optimizer.

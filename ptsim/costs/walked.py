@@ -23,6 +23,7 @@ from ptsim.costs.backward import gradient_of_view
 from ptsim.costs.widths import Widths, sources_of
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, Layer, LayerKind, MemoryFormat, Moment, Network, Precision
 from ptsim.operators import hands_on, num_taps, second_features
+from ptsim.setting import MEMORY_FORMATS
 
 _BATCHES = (512, 1024)  # at multiples of 128 images no tensor that grows with the mini-batch is rounded
 
@@ -70,8 +71,7 @@ def rescaled(footprint: Footprint, before: Network, after: Network) -> Footprint
     gpu, half = footprint.device == "gpu", footprint.half
     old, new = (walked_footprint(network, gpu=gpu, half=half) for network in (before, after))
     formats: dict[MemoryFormat, tuple[Moment, ...]] = {}
-    for name in ("contiguous", "channels_last"):
-        memory_format: MemoryFormat = "contiguous" if name == "contiguous" else "channels_last"
+    for memory_format in MEMORY_FORMATS:
         pairs = list(
             zip(
                 _lines(before, gpu=gpu, half=half, memory_format=memory_format),
@@ -79,7 +79,7 @@ def rescaled(footprint: Footprint, before: Network, after: Network) -> Footprint
                 strict=True,
             )
         )
-        formats[memory_format] = tuple(_grown(moment, pairs) for moment in getattr(footprint, name))
+        formats[memory_format] = tuple(_grown(moment, pairs) for moment in getattr(footprint, memory_format))
     return msgspec.structs.replace(
         footprint,
         kept_fixed_bytes=_scaled(footprint.kept_fixed_bytes, new.kept_fixed_bytes, old.kept_fixed_bytes),
@@ -148,6 +148,41 @@ def _highest(lines: list[_Line]) -> tuple[Moment, ...]:
 def _walk(network: Network, batch: int, *, gpu: bool, half: bool, memory_format: MemoryFormat) -> _Walk:
     widths = Widths(network, Precision.FP16 if half else Precision.FP32, gpu=gpu)
     return _Walk(network, batch, widths, ALLOCATOR_BLOCK if gpu else 1, memory_format=memory_format)
+
+
+class _Storages:
+    """Where gradients of activations lie: each is there until the last gradient in it is released.
+
+    Attributes:
+        alive_bytes: of all that are there.
+    """
+
+    def __init__(self) -> None:
+        self.alive_bytes = 0
+        self._sizes: list[int] = []
+        self._gradients: list[int] = []  # how many lie in each
+
+    def allocate(self, num_bytes: int) -> int:
+        """A new one with one gradient in it; its number."""
+        self._sizes.append(num_bytes)
+        self._gradients.append(1)
+        self.alive_bytes += num_bytes
+        return len(self._sizes) - 1
+
+    def share(self, storage: int) -> int:
+        """The same one, with one gradient more in it."""
+        self._gradients[storage] += 1
+        return storage
+
+    def is_shared(self, storage: int) -> bool:
+        """Whether several gradients lie in it."""
+        return self._gradients[storage] > 1
+
+    def release(self, storage: int) -> None:
+        """Forget one gradient in it."""
+        self._gradients[storage] -= 1
+        if self._gradients[storage] == 0:
+            self.alive_bytes -= self._sizes[storage]
 
 
 class _Walk:
@@ -240,34 +275,20 @@ class _Walk:
 
     def _backward(self, kept: int) -> None:
         """Walk the backward pass; gradients of activations are shared where an operator hands its own on."""
-        # layer → buffers whose sum is its output's gradient, each with how much of it is this layer's
+        # layer → storages whose sum is its output's gradient, each with how much of it is this layer's
         gradients: dict[str, list[tuple[int, int]]] = {}
-        size: dict[int, int] = {}
-        shared: dict[int, int] = {}
-        total, learnt = kept, 0
+        storages = _Storages()
+        beside, learnt = kept, 0
         by_name = {layer.name: layer for layer in self._network.layers}
         read = {s for sources in self._sources.values() for s in sources}
-
-        def allocate(num_bytes: int) -> int:
-            nonlocal total
-            buffer = len(size)
-            size[buffer], shared[buffer] = num_bytes, 1
-            total += num_bytes
-            return buffer
-
-        def release(buffer: int) -> None:
-            nonlocal total
-            shared[buffer] -= 1
-            if shared[buffer] == 0:
-                total -= size[buffer]
-
         for layer in reversed(self._network.layers):
             if layer.name not in read:
-                gradients[layer.name] = [(allocate(self._output_bytes(layer)), self._output_bytes(layer))]
+                num_bytes = self._output_bytes(layer)
+                gradients[layer.name] = [(storages.allocate(num_bytes), num_bytes)]
             given = gradients.pop(layer.name, [])
             if given:
                 own = self._rounded(4 * layer.num_parameters) if layer.weight_needs_gradient else 0
-                total += own
+                beside += own
                 sources = self._sources[layer.name] if layer.input_needs_gradient else []
                 sizes = layer.input_sizes(self._batch)
                 for index, source in enumerate(sources):
@@ -276,28 +297,35 @@ class _Walk:
                     else:
                         num_bytes = self._output_bytes(by_name[source])
                     if _shares_gradient(layer, index):
-                        buffer = given[0][0]
-                        shared[buffer] += 1
+                        storage = storages.share(given[0][0])
                     else:
-                        buffer = allocate(num_bytes)
-                    gradients.setdefault(source, []).append((buffer, num_bytes))
-                self._see(total + self._widths.weight_copy(layer) + self._workspace[layer.name], learnt)
-                for buffer, _ in given:
-                    release(buffer)
+                        storage = storages.allocate(num_bytes)
+                    gradients.setdefault(source, []).append((storage, num_bytes))
+                copies = self._widths.weight_copy(layer) + self._workspace[layer.name]
+                self._see(beside + storages.alive_bytes + copies, learnt)
+                for storage, _ in given:
+                    storages.release(storage)
                 for source in sources:
-                    if len(parts := gradients[source]) > 1:  # the branches' gradients are added where they meet
-                        first, num_bytes = parts[0]
-                        total_buffer = first
-                        if shared[first] > 1:
-                            total_buffer = allocate(num_bytes)
-                            self._see(total, learnt)
-                            release(first)
-                        for buffer, _ in parts[1:]:
-                            release(buffer)
-                        gradients[source] = [(total_buffer, num_bytes)]
-                total -= own
+                    gradients[source] = self._added_up(gradients[source], storages, beside, learnt)
+                beside -= own
                 learnt += own
-            total -= self._kept[layer.name]
+            beside -= self._kept[layer.name]
+
+    def _added_up(
+        self, parts: list[tuple[int, int]], storages: _Storages, beside: int, learnt: int
+    ) -> list[tuple[int, int]]:
+        """The branches' gradients as one: they are added where they meet, in a new storage if the first is shared."""
+        (first, num_bytes), *others = parts
+        if not others:
+            return parts
+        total = first
+        if storages.is_shared(first):
+            total = storages.allocate(num_bytes)
+            self._see(beside + storages.alive_bytes, learnt)
+            storages.release(first)
+        for storage, _ in others:
+            storages.release(storage)
+        return [(total, num_bytes)]
 
     def _see(self, num_bytes: int, gradients: int = 0) -> None:
         self.moments.append((num_bytes, gradients))

@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ptsim.network import PRODUCTS, Layer, LayerKind, Network, Precision
+from ptsim.operators import AUTOCAST_FP32_CPU, AUTOCAST_FP32_GPU, plain_name
 
-# What autocast runs in fp32 (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and its CPU sister, without losses): on a
-# GPU most reductions, exponentials and normalisations, on a CPU next to nothing. BatchNorm and instance normalisation
-# run in the type of their input on both.
-_FP32_OPS_GPU = frozenset(
-    {"softmax", "log_softmax", "softmin", "gumbel_softmax", "softplus", "pow", "exp", "log", "log1p", "reciprocal"}
-    | {"rsqrt", "sum", "normalize", "interpolate", "upsample", "layer_norm", "group_norm", "local_response_norm"}
-    | {"rms_norm", "rdiv"}
-)
-_FP32_OPS_CPU = frozenset({"avg_pool3d", "grid_sample", "prod"})
+# What autocast runs in fp32, as layers' operators are called.
+_FP32_OPS_GPU = frozenset(map(plain_name, AUTOCAST_FP32_GPU))
+_FP32_OPS_CPU = frozenset(map(plain_name, AUTOCAST_FP32_CPU))
 _SWIN_OP, _SWIN_HEAD_CHANNELS = "shifted_window_attention", 32  # in all of torchvision's Swin transformers
 
 

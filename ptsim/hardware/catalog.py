@@ -35,8 +35,8 @@ def cluster_names() -> tuple[str, ...]:
     return tuple(sorted(_files("clusters")))
 
 
-def load_device(name: str | Path) -> Device:
-    """The device called `name` in the catalog or by its driver, or described by the TOML file at that path.
+def load_device(name: str | Path | Device) -> Device:
+    """The device called `name` in the catalog or by its driver, or described by the TOML file at that path, or itself.
 
     Warns of peaks in a file that hardly can be (`doubts.py`).
 
@@ -44,6 +44,8 @@ def load_device(name: str | Path) -> Device:
         UnknownNameError: neither a catalog name or alias nor a file.
         FileFormatError: a broken file; says file and field.
     """
+    if isinstance(name, Device):
+        return name
     path = _locate("device", name)
     device = _device_from(path, _content(path))
     if not _is_ours(path):
@@ -52,8 +54,8 @@ def load_device(name: str | Path) -> Device:
     return device
 
 
-def load_cluster(name: str | Path) -> Cluster:
-    """The cluster called `name` in the catalog, or described by the TOML file at that path.
+def load_cluster(name: str | Path | Cluster) -> Cluster:
+    """The cluster called `name` in the catalog, or described by the TOML file at that path, or itself.
 
     Warns of numbers in a file that hardly can be (`doubts.py`).
 
@@ -61,6 +63,8 @@ def load_cluster(name: str | Path) -> Cluster:
         UnknownNameError: neither a catalog name or alias nor a file.
         FileFormatError: a broken file, or one that names a device that does not exist; says file and field.
     """
+    if isinstance(name, Cluster):
+        return name
     path = _locate("cluster", name)
     cluster, named = _cluster_from(path, _content(path))
     try:

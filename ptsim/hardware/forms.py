@@ -44,7 +44,7 @@ A cluster file (see `ptsim.hardware.spec.Cluster` for the meaning of each field)
 
     [intra]                                      # one GPU, one direction
     name = "NVLink 3"
-    kind = "nvlink"                              # or pcie, infiniband, efa, tcp; left out: numbers as measured
+    kind = "nvlink"                              # or pcie, infiniband, efa, tcpx, tcp; left out: as measured
     bandwidth = "300 GB/s"
     latency = "2 us"                             # one hop; left out: the collective library's own for this kind
     efficiency = 0.8                             # left out: fitted for this kind
@@ -72,7 +72,7 @@ from __future__ import annotations
 import datetime
 import itertools
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import msgspec
 import tomli_w
@@ -95,13 +95,12 @@ from ptsim.units import (
 )
 
 Architecture: TypeAlias = Literal[Generation, "cpu"]
-ARCHITECTURES: tuple[str, ...] = Architecture.__args__  # type: ignore[attr-defined] # a Literal's choices
+ARCHITECTURES: tuple[str, ...] = get_args(Architecture)
 
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=300, pattern=r"\S")]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
 SizeBytes: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**60)]
 MeasuredSeconds: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-15, le=3.2e9)]
-R = TypeVar("R", bound=msgspec.Struct)
 
 
 class _Form(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

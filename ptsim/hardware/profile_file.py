@@ -285,14 +285,20 @@ def _known(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in table.items() if value is not None}
 
 
-def _text(profile: DeviceProfile) -> str:
-    version = 2 if any(step.momentum is not None or step.proximal for step in profile.steps) else 1
+def _version(profile: DeviceProfile) -> int:
+    """The lowest version that has all that the profile holds: what an older ptsim can read, it shall read."""
+    if any(step.data_parallel for step in profile.steps):
+        return 5
+    if profile.runs:
+        return 4
     if any(time.operator.depth is not None for time in profile.operators):
-        version = 3
-    version = 4 if profile.runs else version
-    version = 5 if any(step.data_parallel for step in profile.steps) else version
+        return 3
+    return 2 if any(step.momentum is not None or step.proximal for step in profile.steps) else 1
+
+
+def _text(profile: DeviceProfile) -> str:
     head = {
-        "ptsim_device_profile": version,  # what an older ptsim can read, it shall read
+        "ptsim_device_profile": _version(profile),
         "created": profile.created,
         "complete": profile.complete,
         "sources": list(profile.sources),

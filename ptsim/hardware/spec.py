@@ -13,7 +13,6 @@ from ptsim.network import Precision
 
 UNSPECIFIED = "unspecified"  # the device of a cluster of which only the network was measured
 
-
 Generation: TypeAlias = Literal[
     "kepler", "maxwell", "pascal", "volta", "turing", "ampere", "ada", "hopper", "blackwell"
 ]  # fmt: skip
@@ -24,7 +23,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """One accelerator (or CPU) as its data sheet describes it.
 
     Attributes:
-        architecture: NVIDIA generation in lower case ("pascal" … "blackwell"), or "cpu".
+        architecture: NVIDIA generation in lower case ("kepler" … "blackwell"), or "cpu".
         peak_flops_per_s: dense peak by precision (FLOP = 2 per MAC); a precision that is missing is not supported.
         num_sms: streaming multiprocessors (cores for a CPU).
         stacked_memory: HBM, whose error correction takes nothing of the stated capacity; False where that is not known.
@@ -53,6 +52,16 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def is_gpu(self) -> bool:
         """Whether it is a GPU, and not a CPU."""
         return self.architecture != "cpu"
+
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse a precision that its data sheet gives no peak for.
+
+        Raises:
+            UsageError: says which it supports.
+        """
+        if precision not in self.peak_flops_per_s:
+            supported = ", ".join(sorted(self.peak_flops_per_s))
+            raise UsageError(f"{self.name} does not support {precision}; it supports {supported}")
 
 
 class LinkKind(StrEnum):

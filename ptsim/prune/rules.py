@@ -23,6 +23,7 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from ptsim.operators import TORCH_LIBRARIES, registered_by
 from ptsim.prune.labels import NO_SLOTS, Facets, Label, State, compress
 
 ENTRY_POINTS = "ptsim.propagation_rules"
@@ -246,9 +247,10 @@ def is_known(function: Any) -> bool:
 
 def _package(function: Any) -> str:
     """The package of a function; of what is registered with torch (`torch.ops.mine.scale`) the library."""
-    home = (getattr(function, "__module__", "") or "torch").split(".")
-    registered = home[:2] == ["torch", "_ops"] and len(home) > 2 and home[2] not in ("aten", "prims")
-    return home[2] if registered else home[0]
+    library = registered_by(function)
+    if library is not None and library not in TORCH_LIBRARIES:
+        return library
+    return str(getattr(function, "__module__", "") or "torch").partition(".")[0]
 
 
 def rule_for_module(module: nn.Module) -> Rule | None:

@@ -91,12 +91,12 @@ def projected_answer(
     name = "pruning while training" if settings == 1 and best.shrank else f"“{best.setting}”"
     emphasis, rest = _verdict(best)
     origin = f"projected{_of_planned(run)}; times: {tier_row(best.tier).label}"
-    counted = f"counted{_of_planned(run)}"
+    by_count = f"counted{_of_planned(run)}"
     tiles = [
         *_saving_tiles(best, origin),
-        *_quality_tiles(runs, best, counted),
+        *_quality_tiles(runs, best, by_count),
         *_measured_tiles(measured, best.setting),
-        *_bytes_tiles(best, gpus, counted),
+        *_bytes_tiles(best, gpus, by_count),
     ]
     return Answer(
         before=f"{_task(run, best.epochs)} with {gpus:,} × {best.device} ({best.cluster}): {name} ",
@@ -331,7 +331,7 @@ def dense_answer(
             value = format_quantity(column.rpartition("_")[2], row[column])
             tiles.append(Tile(name=name, value=value, detail=f"{detail}; {_ends(row, column)}", origin=origin))
     if pd.notna(row.accuracy):
-        which = f"{row.num_runs} runs" if row.num_runs > 1 else "1 run"
+        which = counted(row.num_runs, "run")
         detail = "of the recorded runs, mean" if row.num_runs > 1 else "of the recorded run"
         tiles.append(
             Tile(name="Validation accuracy", value=percent(row.accuracy), detail=detail, origin=f"measured, {which}")
@@ -387,10 +387,10 @@ def _batch_caveat(run: pd.Series, gpus: int, batch_per_gpu: int) -> str:
     )
 
 
-def _quality_tiles(runs: pd.DataFrame, best: pd.Series, counted: str) -> Iterator[Tile]:
+def _quality_tiles(runs: pd.DataFrame, best: pd.Series, origin: str) -> Iterator[Tile]:
     """Accuracy and inference cost of what training gives: means over the repeats of the setting."""
     rows = runs[runs.setting == best.setting]
-    measured = f"measured, {best.num_runs} {'run' if best.num_runs == 1 else 'runs'}"
+    measured = f"measured, {counted(best.num_runs, 'run')}"
     if pd.notna(best.get("pruned_accuracy")):
         detail = "no dense run was recorded to compare with"
         if pd.notna(best.accuracy_change):
@@ -404,5 +404,5 @@ def _quality_tiles(runs: pd.DataFrame, best: pd.Series, counted: str) -> Iterato
         value=percent(last / first),
         detail=f"of dense: {format_quantity('macs', last, first)} instead of {format_quantity('macs', first)} per "
         f"image{before}",
-        origin=counted,
+        origin=origin,
     )

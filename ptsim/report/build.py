@@ -144,13 +144,12 @@ def make_report(
         facts = Facts(runs, comparisons)
         return _report(facts, answer.recorded_answer(facts.recorded, notices), "")
     given = [cluster] if isinstance(cluster, str | Path | Cluster) else list(cluster or [])
-    clusters = [c if isinstance(c, Cluster) else load_cluster(c) for c in given or [default_cluster(runs)]]
+    clusters = [load_cluster(c) for c in given or [default_cluster(runs)]]
     check_names(clusters)
     sizes = _sizes(clusters[0], gpus)
     projectors = _projectors(clusters, options, grid_grams_per_kwh, profile)
     checked = [trace for trace in runs if trace.epochs and not trace.is_planned]
     validation, reason = _validation(checked, stretched=all(trace.is_stretched for trace in runs))
-    unchecked = UNCHECKED if checked else reason
     facts = Facts(
         runs,
         comparisons,
@@ -160,26 +159,28 @@ def make_report(
         validation=validation,
         unchecked=reason,
     )
-    notices += _does_not_fit(facts)
-    if facts.savings.empty:
-        head = answer.dense_answer(
-            facts.projections, facts.recorded, facts.focus, validation, notices, unchecked=unchecked
-        )
-    else:
-        head = answer.projected_answer(
-            facts.savings,
-            facts.recorded,
-            facts.focus,
-            validation,
-            notices,
-            measured=facts.measured_savings,
-            excess=facts.excess,
-            unchecked=unchecked,
-        )
+    head = _head(facts, notices + _does_not_fit(facts), UNCHECKED if checked else reason)
     names = listed([c.name for c in clusters])
     where = f" Projected onto {names}" + (", because no cluster was named." if not given else ".")
     where += money_sentences(facts.projectors)
     return _report(facts, head, where)
+
+
+def _head(facts: Facts, notices: Sequence[str], unchecked: str) -> Answer:
+    """The answer to what pruning saves, or to what training takes where nothing was pruned."""
+    recorded, focus, validation = facts.recorded, facts.focus, facts.validation
+    if facts.savings.empty:
+        return answer.dense_answer(facts.projections, recorded, focus, validation, notices, unchecked=unchecked)
+    return answer.projected_answer(
+        facts.savings,
+        recorded,
+        focus,
+        validation,
+        notices,
+        measured=facts.measured_savings,
+        excess=facts.excess,
+        unchecked=unchecked,
+    )
 
 
 def _report(facts: Facts, head: Answer, where: str) -> Report:
@@ -288,7 +289,7 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
         elif len(trace.epochs) == 1:
             notices.append(f"{label}: a single epoch, so nothing can be said about how costs change.")
     for comparison in comparisons:
-        if len({epoch.architecture for epoch in comparison.pruned.epochs}) == 1:
+        if not comparison.shrank:
             notices.append(
                 f"{comparison.label}: every epoch trained the same network, so pruning could save no training time."
             )

@@ -12,13 +12,13 @@ import pandas as pd
 from ptsim.costs.datasheet import uses_tensor_cores
 from ptsim.costs.kernels import LOADED_HALVES, pads_channels
 from ptsim.costs.run import run_cost
+from ptsim.report import parts
 from ptsim.report.projected import LabelledRun, Projector, breakdown_frame
 from ptsim.setting import StepSetting
 from ptsim.trace.pairs import Comparison
 from ptsim.trace.trace import Trace
 from ptsim.units import percent
 
-_PRODUCTS, _MOVED = "convolutions and linear layers", "memory-bound layers"
 _LEAST_GAP, _LEAST_SHARE, _FLOOR = 0.03, 0.15, 0.3
 _LEAST_ROUNDED = 0.05  # of a part: what whole multiples of channels save at least to be worth a sentence
 
@@ -93,8 +93,8 @@ def _floors(trace: Trace, projector: Projector) -> _Floors:
         for total, seconds in zip(totals, times[key], strict=True):
             for index, part_s in enumerate(seconds):
                 total[index] += part_s * epoch.num_iterations
-    step, *parts = (one / whole if whole else math.nan for one, whole in zip(*totals, strict=True))
-    return _Floors(step=step, parts=dict(zip((_PRODUCTS, _MOVED), parts, strict=True)))
+    step, *shares = (one / whole if whole else math.nan for one, whole in zip(*totals, strict=True))
+    return _Floors(step=step, parts=dict(zip((parts.PRODUCTS, parts.MEMORY_BOUND), shares, strict=True)))
 
 
 def why(excess: pd.DataFrame) -> Iterator[str]:
@@ -125,7 +125,7 @@ def why(excess: pd.DataFrame) -> Iterator[str]:
 def _reason(row: dict[Hashable, Any]) -> str:
     """What keeps one part from shrinking: of the layers the cause that explains most of their excess."""
     part = row["part"]
-    if part == _PRODUCTS and _rounding_saves(row) >= row["excess_seconds"] / 2:
+    if part == parts.PRODUCTS and _rounding_saves(row) >= row["excess_seconds"] / 2:
         return _PADDED
     reasons = _SHORT_KERNELS if part in _SHORT_KERNELS and row["floor_fraction"] >= _FLOOR else _REASONS
     return reasons[part]
@@ -138,7 +138,7 @@ def _rounding_saves(row: dict[Hashable, Any]) -> float:
 
 
 def _advice(row: dict[Hashable, Any]) -> str:
-    if row["part"] != _PRODUCTS or _rounding_saves(row) < _LEAST_ROUNDED * row["pruned_seconds"]:
+    if row["part"] != parts.PRODUCTS or _rounding_saves(row) < _LEAST_ROUNDED * row["pruned_seconds"]:
         return ""
     left = percent(row["rounded_seconds"] / row["pruned_seconds"])
     return (
@@ -149,28 +149,28 @@ def _advice(row: dict[Hashable, Any]) -> str:
 
 # What keeps a part of the time from shrinking with the MACs. {share}: of the pruned run; {left}: of its dense time.
 _REASONS = {
-    "loss and host gaps": "Host-bound: for {share} of the pruned run the GPU waits for the host, which launches a "
+    parts.HOST: "Host-bound: for {share} of the pruned run the GPU waits for the host, which launches a "
     "narrow layer no faster than a wide one. A larger mini-batch, CUDA graphs or compilation shorten that; pruning "
     "does not.",
-    _PRODUCTS: "Convolutions and linear layers take {left} of their dense time: with few "
+    parts.PRODUCTS: "Convolutions and linear layers take {left} of their dense time: with few "
     "channels, tiles and waves of the GPU's multipliers stay partly empty.",
-    _MOVED: "Memory-bound layers (BatchNorm, activations, sums) take {left} of their dense time: they "
+    parts.MEMORY_BOUND: "Memory-bound layers (BatchNorm, activations, sums) take {left} of their dense time: they "
     "move bytes, and bytes shrink with the channels, not with their square.",
-    "gradient hooks": "Gradient hooks take {left} of their dense time: DDP copies every gradient into its bucket, "
+    parts.HOOKS: "Gradient hooks take {left} of their dense time: DDP copies every gradient into its bucket, "
     "which takes as long for a small tensor as for a large one.",
-    "optimizer and regulariser": "The group lasso's gradient and the update take {share} of the pruned run.",
-    "exposed communication": "Exposed communication takes {left} of its dense time: small messages cost latency, not "
+    parts.UPDATE: "The group lasso's gradient and the update take {share} of the pruned run.",
+    parts.COMMUNICATION: "Exposed communication takes {left} of its dense time: small messages cost latency, not "
     "bandwidth.",
-    "input wait": "Waiting for input takes {share} of the pruned run: data arrive no faster for a smaller network.",
-    "start and reconfiguration": "Starting and reconfiguring take {share} of the pruned run; a dense run starts once.",
-    "other": "Waiting for stragglers takes {share} of the pruned run.",
+    parts.INPUT: "Waiting for input takes {share} of the pruned run: data arrive no faster for a smaller network.",
+    parts.CHANGES: "Starting and reconfiguring take {share} of the pruned run; a dense run starts once.",
+    parts.OTHER: "Waiting for stragglers takes {share} of the pruned run.",
 }
 
 # The same where launches and the least times of kernels make up much of a part …
 _SHORT_KERNELS = {
-    _PRODUCTS: "Convolutions and linear layers take {left} of their dense time: their kernels "
+    parts.PRODUCTS: "Convolutions and linear layers take {left} of their dense time: their kernels "
     "are so short that their least times count.",
-    _MOVED: "Memory-bound layers (BatchNorm, activations, sums) take {left} of their dense time: their "
+    parts.MEMORY_BOUND: "Memory-bound layers (BatchNorm, activations, sums) take {left} of their dense time: their "
     "kernels are so short that their least times count, whatever they move.",
 }
 

@@ -42,9 +42,9 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     """One row per run: what was trained, on what, how it ended and what it took, all as recorded.
 
     `measured_seconds` sums the training epochs without validation; reconfigurations are counted apart. `energy_joules`
-    is of one GPU, the one whose process recorded. `last_*` are
-    of the network that the run ended with, a reconfiguration after the last epoch included, and so is `final_accuracy`
-    except where `judged` is False: the run stopped between that reconfiguration and its validation.
+    is of one GPU, the one whose process recorded. `last_*` are of the network that the run ended with, a
+    reconfiguration after the last epoch included, and so is `final_accuracy` except where `judged` is False: the run
+    stopped between that reconfiguration and its validation.
     """
     rows = []
     for label, setting, trace in _named(traces):
@@ -318,8 +318,7 @@ def architectures_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     for label, trace in zip(run_labels(traces), traces, strict=True):
         layers = [layer for network in trace.networks.values() for layer in network.layers]
         for layer, row in zip(layers, layer_rows(trace), strict=True):
-            macs = layer_macs(layer, "exact")
-            backward = {"backward_macs_per_image": macs.weight_gradient + macs.input_gradient}
+            backward = {"backward_macs_per_image": layer_macs(layer, "exact").backward}
             rows.append({"run": label} | row | backward)
     return numeric(pd.DataFrame(rows))
 

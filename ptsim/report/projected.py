@@ -23,6 +23,7 @@ from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Cluster
 from ptsim.network import PRODUCTS, LayerKind, Network
 from ptsim.operators import ungated
+from ptsim.report import parts
 from ptsim.report.frames import accuracies
 from ptsim.setting import StepSetting
 from ptsim.sim.options import HourPrice, Options, hour_price
@@ -220,7 +221,7 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     **projector.price_columns(size),
                     **accuracies(c),
                     "whole_runs": both_whole,
-                    "shrank": len({epoch.architecture for epoch in c.pruned.epochs}) > 1,
+                    "shrank": c.shrank,
                     "tier": worst_tier((dense.tier, pruned.tier)),
                 }
             )
@@ -268,7 +269,7 @@ def roofline_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
         moved = network_traffic(network, setting.one_pass)
         for layer, traffic in zip(network.layers, moved, strict=True):
             macs = layer_macs(layer, "exact")
-            flops = 2 * layer.repeats(batch, setting.passes) * (macs.forward + macs.backward)
+            flops = 2 * layer.repeats(batch, setting.passes) * macs.training
             num_bytes = setting.passes * (traffic.forward_bytes + traffic.backward_bytes)
             if layer.kind not in PRODUCTS or not (flops and num_bytes and times[layer.name]):
                 continue
@@ -288,24 +289,24 @@ def roofline_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
 
 
 def epoch_breakdown_frame(run: LabelledRun, projector: Projector, gpus: int) -> pd.DataFrame:
-    """One row per epoch and part of the time (`figures.PART_COLOURS`), in seconds of that epoch.
+    """One row per epoch and part of the time (`report.parts`), in seconds of that epoch.
 
     The simulated forward and backward time, without the hooks of the gradients, is split between matrix products and
-    memory-bound layers in the proportion of their times on the device alone. "other" is what no part claims, such as
+    memory-bound layers in the proportion of their times on the device alone. `OTHER` is what no part claims, such as
     waiting for stragglers.
     """
     rows = []
     for e in projector.run(run.trace, gpus).epochs:
-        parts = {
-            "convolutions and linear layers": e.product_s * e.num_iterations,
-            "memory-bound layers": (e.forward_s + e.backward_s - e.product_s - e.hooks_s) * e.num_iterations,
-            "gradient hooks": e.hooks_s * e.num_iterations,
-            "optimizer and regulariser": (e.optimizer_s + e.regularizer_s) * e.num_iterations,
-            "exposed communication": e.exposed_communication_s * e.num_iterations,
-            "input wait": e.input_wait_s * e.num_iterations,
-            "loss and host gaps": e.overhead_s * e.num_iterations,
+        spent = {
+            parts.PRODUCTS: e.product_s * e.num_iterations,
+            parts.MEMORY_BOUND: (e.forward_s + e.backward_s - e.product_s - e.hooks_s) * e.num_iterations,
+            parts.HOOKS: e.hooks_s * e.num_iterations,
+            parts.UPDATE: (e.optimizer_s + e.regularizer_s) * e.num_iterations,
+            parts.COMMUNICATION: e.exposed_communication_s * e.num_iterations,
+            parts.INPUT: e.input_wait_s * e.num_iterations,
+            parts.HOST: e.overhead_s * e.num_iterations,
         }
-        parts["other"] = max(e.total_s - sum(parts.values()), 0.0)
+        spent[parts.OTHER] = max(e.total_s - sum(spent.values()), 0.0)
         rows += [
             {
                 **_setting(run, projector),
@@ -315,7 +316,7 @@ def epoch_breakdown_frame(run: LabelledRun, projector: Projector, gpus: int) -> 
                 "part": part,
                 "seconds": seconds,
             }
-            for part, seconds in parts.items()
+            for part, seconds in spent.items()
         ]
     return pd.DataFrame(rows)
 
@@ -327,9 +328,9 @@ def breakdown_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: Seq
         for size in gpus:
             epochs = epoch_breakdown_frame(run, projector, size)
             projection = projector.run(run.trace, size)
-            parts = epochs.groupby("part", sort=False).seconds.sum()
-            parts["start and reconfiguration"] = projection.startup_s + projection.reconfiguration_s
-            frame = parts.rename("seconds").reset_index()
+            spent = epochs.groupby("part", sort=False).seconds.sum()
+            spent[parts.CHANGES] = projection.startup_s + projection.reconfiguration_s
+            frame = spent.rename("seconds").reset_index()
             for name, value in {**_setting(run, projector), "gpus": size}.items():
                 frame[name] = value
             frame["first_batch_per_gpu"] = projection.epochs[0].batch_per_gpu
@@ -353,9 +354,9 @@ def layers_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
         key = epoch.architecture, run.trace.setting_of(epoch)
         if key not in times:
             times[key] = _by_dense_name(projector.step(run.trace, epoch), network, dense)
-        for name, parts in times[key].items():
-            layer = network.layer(parts[0].layer)
-            forward_s, backward_s = sum(part.forward_s for part in parts), sum(part.backward_s for part in parts)
+        for name, pieces in times[key].items():
+            layer = network.layer(pieces[0].layer)
+            forward_s, backward_s = sum(piece.forward_s for piece in pieces), sum(piece.backward_s for piece in pieces)
             rows.append(
                 {
                     "run": run.label,
@@ -374,7 +375,7 @@ def layers_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
                     "forward_seconds_per_image": forward_s / epoch.batch_per_gpu,
                     "backward_seconds_per_image": backward_s / epoch.batch_per_gpu,
                     "seconds_per_image": (forward_s + backward_s) / epoch.batch_per_gpu,
-                    "tier": str(worst_tier(part.tier for part in parts)),
+                    "tier": str(worst_tier(piece.tier for piece in pieces)),
                 }
             )
     return pd.DataFrame(rows)
@@ -385,8 +386,8 @@ def _by_dense_name(step: StepTime, network: Network, dense: Collection[str]) -> 
     found: dict[str, list[LayerTime]] = {}
     for time in step.layers:
         if not network.layer(time.layer).is_removed:
-            parts = found.setdefault(ungated(time.layer, dense), [])
-            parts.insert(len(parts) if time.kind is LayerKind.RESHAPE else 0, time)
+            pieces = found.setdefault(ungated(time.layer, dense), [])
+            pieces.insert(len(pieces) if time.kind is LayerKind.RESHAPE else 0, time)
     return found
 
 

@@ -20,7 +20,7 @@ from ptsim.report.projected import LabelledRun, Projector
 from ptsim.trace.frames import numeric
 from ptsim.trace.pairs import Comparison
 from ptsim.trace.trace import Trace
-from ptsim.units import given_number, listed
+from ptsim.units import counted, given_number, listed
 
 FACTORS = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0)  # on a bandwidth
 BATCHES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # on a mini-batch
@@ -161,7 +161,7 @@ def _named(lever: Lever, value: float) -> str:
         return gpus(round(value))
     if lever == "bandwidth":
         return f"{given_number(value * 8e-9)} Gbit/s"
-    return f"{round(value):,} {'image' if round(value) == 1 else 'images'} per GPU"
+    return f"{counted(round(value), 'image')} per GPU"
 
 
 def outcome(low: float, high: float) -> Outcome:

@@ -192,8 +192,7 @@ def validation_section(facts: Facts) -> Section:
             "high_seconds": check.high_seconds,
             "error": check.error,
             "epoch_error": sum(abs(epoch.error) for epoch in check.epochs) / len(check.epochs),
-            "inside_fraction": sum(e.low_seconds <= e.measured_seconds <= e.high_seconds for e in check.epochs)
-            / len(check.epochs),
+            "inside_fraction": sum(epoch.inside for epoch in check.epochs) / len(check.epochs),
             "notes": "; ".join(check.notes),
         }
         for label, check in zip(run_labels(facts.trained), facts.validation.runs, strict=True)

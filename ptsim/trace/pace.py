@@ -15,14 +15,19 @@ def beyond_steps_s(epoch: Epoch) -> float:
     return max(t.wall_s - steps_s, 0.0)
 
 
+def beyond_steps_s_per_image(epoch: Epoch) -> float | None:
+    """The same per image of a rank; None of an epoch without images."""
+    return beyond_steps_s(epoch) * epoch.world_size / epoch.num_images if epoch.num_images else None
+
+
 def input_s_per_image(trace: Trace) -> float | None:
-    """`beyond_steps_s` per image of a rank: the median over epochs; None where no epoch was measured.
+    """The median of `beyond_steps_s_per_image` over epochs; None where no epoch was measured.
 
     The first epoch is left out where there are others: it warms up.
     """
     measured = [epoch for epoch in trace.epochs if epoch.measured_time is not None]
     epochs = measured[1:] or measured
-    values = [beyond_steps_s(epoch) * epoch.world_size / epoch.num_images for epoch in epochs if epoch.num_images]
+    values = [value for epoch in epochs if (value := beyond_steps_s_per_image(epoch)) is not None]
     return statistics.median(values) if values else None
 
 

@@ -42,6 +42,11 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     trained: bool
     notes: tuple[str, ...] = ()
 
+    @property
+    def shrank(self) -> bool:
+        """The pruned run trained more than one architecture; one that is pruned at its end saves no training time."""
+        return len({epoch.architecture for epoch in self.pruned.epochs}) > 1
+
 
 # Settings that do not change what is trained: runs that differ in nothing else are repeats of one another, unless they
 # took another time for it (`_TIME`).

@@ -14,6 +14,7 @@ import msgspec
 
 from ptsim.errors import MissingMeasurementError
 from ptsim.network import MemoryFormat, Network, Precision
+from ptsim.setting import ToldUpdate
 
 # 2: layers that run once a mini-batch, and inputs that images share, are marked; 3: `Run.origin`;
 # 4: `Draw`, `Epoch.passes`; 5: `Run.update`, `Architecture.penalty`
@@ -98,6 +99,10 @@ class UpdateCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_states: Annotated[int, msgspec.Meta(ge=0, le=1000)]
     accesses: Annotated[int, msgspec.Meta(ge=0, le=10_000)]
     fused_accesses: Annotated[int, msgspec.Meta(ge=0, le=10_000)]
+
+    def told(self, optimizer: str) -> ToldUpdate:
+        """The same for the setting of a step, of the optimizer called `optimizer`."""
+        return ToldUpdate(optimizer=optimizer, **msgspec.structs.asdict(self))
 
 
 class PenaltyCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

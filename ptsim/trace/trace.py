@@ -127,7 +127,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     def told_update(self) -> ToldUpdate | None:
         """What the record says of its optimizer, where no row of ptsim's own says it."""
         update = self.run.update
-        return None if update is None else ToldUpdate(optimizer=self.optimizer, **msgspec.structs.asdict(update))
+        return None if update is None else update.told(self.optimizer)
 
     @property
     def told_penalties(self) -> tuple[ToldPenalty, ...]:
@@ -248,16 +248,25 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
 
     def setting_of(self, epoch: Epoch) -> StepSetting:
         """How the training steps of `epoch` were run."""
-        return StepSetting(
+        return msgspec.structs.replace(
+            self.usual_setting,
             batch=epoch.batch_per_gpu,
+            regularizer=self.criterion if epoch.regularized else None,
+            num_gpus=epoch.world_size,
+            passes=epoch.passes,
+        )
+
+    @property
+    def usual_setting(self) -> StepSetting:
+        """How its training steps are run, as far as the first record says: without mini-batch (0) and penalty."""
+        return StepSetting(
+            batch=0,
             precision=self.run.precision,
             memory_format=self.run.memory_format,
             optimizer=self.optimizer,
             momentum=self.momentum,
             proximal=self.proximal,
-            regularizer=self.criterion if epoch.regularized else None,
-            num_gpus=epoch.world_size,
-            passes=epoch.passes,
+            num_gpus=self.run.world_size,
             told_update=self.told_update,
             told_penalties=self.told_penalties,
         )

@@ -9,7 +9,7 @@ import msgspec
 
 from ptsim.costs.memory import largest_batch
 from ptsim.hardware.catalog import match_device
-from ptsim.setting import StepSetting, ToldUpdate
+from ptsim.setting import StepSetting
 from ptsim.training.facts import costed_momentum, costed_optimizer, told_update
 from ptsim.training.measured import LastEpoch, last_epoch
 from ptsim.training.recorder import Recorder
@@ -94,7 +94,7 @@ def proposed_batch(
         memory_format=recorder.memory_format,
         regularizer=settings.criterion if recorder.regularizer is not None else None,
         num_gpus=recorder.team.world_size,
-        told_update=None if update is None else ToldUpdate(optimizer=optimizer, **msgspec.structs.asdict(update)),
+        told_update=None if update is None else update.told(optimizer),
     )
     fits = largest_batch(
         network,

@@ -121,7 +121,7 @@ def test_a_device_answers_whether_the_mini_batch_fits() -> None:
         ({"precision": "fp12"}, "fp12"),
         ({"optimizer": "lion"}, "lion"),
         ({"num_classes": 0}, "classes is 0"),
-        ({"gpu": "gtx-1080-ti", "precision": "tf32"}, "gtx-1080-ti has no tf32"),
+        ({"gpu": "gtx-1080-ti", "precision": "tf32"}, "gtx-1080-ti does not support tf32"),
     ],
 )
 def test_a_wrong_option_is_named(arguments: dict[str, object], message: str) -> None:

@@ -144,7 +144,7 @@ WRONG = {
     "sweep huge.toml": "expands to 2,000,000 configurations",
     "sweep near.toml": "unknown what-if 'bf16-gradient'; known: ",
     "sweep none.toml": "what_ifs is empty",
-    "sweep key.study.toml": "unknown key 'gpu'; known: ",
+    "sweep key.study.toml": "gpu is not a known key, expected one of traces, clusters, gpus",
     "sweep option.toml": "unknown option 'contentoin'",
     "sweep nan.study.toml": "contention[1] is not finite",
     "report -o new": "at least one trace",

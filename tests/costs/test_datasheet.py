@@ -22,7 +22,7 @@ from ptsim.costs.datasheet import (
     launch_order,
     load_fit,
     load_intervals,
-    unsureness,
+    uncertainty,
     update_bytes,
     uses_tensor_cores,
     waiting_seconds,
@@ -494,14 +494,14 @@ def test_how_unsure_a_step_is_by_hand(kernel, deviation):
     kernels = Kernels.of([Kernel(**{**stream, "launches": 0.0}), Kernel(**{**stream, "work": Work.PRODUCT, **kernel})])
     made = msgspec.structs.replace(PLAIN, launch_s=1e-6, product_s=8e-6)
     least_us = 8 if kernel.get("work", Work.PRODUCT) == Work.PRODUCT else kernel.get("launches", 1)
-    found = unsureness(kernels, np.array([1e-3, 3e-3]), made)
+    found = uncertainty(kernels, np.array([1e-3, 3e-3]), made)
     assert found == pytest.approx(math.hypot(deviation, 0.3 * least_us / 4000))
 
 
 def test_a_step_of_nothing_but_launches_is_no_less_sure_than_that():
     only = Kernel(layer=0, work=Work.STREAM, step=Pass.FORWARD, moved_bytes=0.0, footprint_bytes=0.0, launches=9.0)
     made = msgspec.structs.replace(PLAIN, launch_s=1.0)
-    assert unsureness(Kernels.of([only]), np.array([3.0]), made) == pytest.approx(0.3)
+    assert uncertainty(Kernels.of([only]), np.array([3.0]), made) == pytest.approx(0.3)
 
 
 def test_transposed_convolutions_and_those_over_other_axes_are_known_to_a_factor_of_two():

@@ -38,6 +38,8 @@ def widths(only: Layer, sources: str, *, gpu: bool, precision: Precision = Preci
         (LayerKind.NORM, "instance_norm", "h", 2, 2),
         (LayerKind.BATCH_NORM, "batch_norm", "h", 2, 2),
         (LayerKind.POOL, "grid_sample", "h", 2, 4),
+        (LayerKind.OTHER, "cumsum", "h", 4, 2),
+        (LayerKind.OTHER, "prod", "h", 4, 4),
         (LayerKind.MATMUL, "matmul", "w", 2, 2),
         (LayerKind.CONCAT, "cat", "hw", 4, 4),
         (LayerKind.ACTIVATION, "relu", "", 4, 4),  # of the images

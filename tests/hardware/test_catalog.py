@@ -506,6 +506,12 @@ def test_a_cluster_holds_the_device_of_a_file_beside_it_also_when_it_is_written_
     assert load_cluster(tmp_path / "elsewhere" / "copy.toml") == cluster
 
 
+def test_a_device_or_cluster_in_place_of_a_name_is_itself():
+    cluster = load_cluster("dgx-a100")
+    assert load_cluster(cluster) is cluster
+    assert load_device(cluster.gpu) is cluster.gpu
+
+
 def test_a_cluster_of_which_only_the_network_is_known_has_no_device(tmp_path):
     (tmp_path / "net.toml").write_text(CLUSTER.replace('"a100"', '"unspecified"'))
     cluster = load_cluster(tmp_path / "net.toml")

@@ -8,7 +8,7 @@ import msgspec
 
 from ptsim.errors import FileFormatError
 from ptsim.hardware.nccl_log.record import NcclLog
-from ptsim.hardware.nccl_log.section import FORCED, Row, Section, Times, collective, logs_of
+from ptsim.hardware.nccl_log.section import FORCED, Row, Section, Times, check_all_reduce, logs_of
 from ptsim.textfile import decode_json
 
 
@@ -55,7 +55,7 @@ class _JsonBounds(msgspec.Struct):
 
 
 class _JsonRun(msgspec.Struct):
-    """What `all_reduce_perf -J FILE` writes, as far as it is read here."""
+    """The document, as far as it is read here."""
 
     args: list[str] = []
     env: list[str] = []
@@ -70,7 +70,11 @@ _JSON_DECODER = msgspec.json.Decoder(_JsonRun)
 
 
 def read_document(path: Path, text: str) -> tuple[NcclLog, ...]:
-    """The JSON that `all_reduce_perf -J FILE` writes (nccl-tests 2.17 and newer)."""
+    """The all-reduce runs in the document, one for each cycle of `-N`.
+
+    Raises:
+        FileFormatError: broken JSON, another collective, a run that did not end, or results that were out of bounds.
+    """
     run = decode_json(path, text, _JSON_DECODER, what="the JSON output of nccl-tests")
     if not run.results:
         raise FileFormatError(path, "has no 'results', expected the JSON output of nccl-tests' all_reduce_perf")
@@ -100,8 +104,7 @@ def read_document(path: Path, text: str) -> tuple[NcclLog, ...]:
         # the JSON names only the first device of each process
         section.ranks = {first + i: device for first, device in section.ranks.items() for i in range(threads)}
     section.rows = [_json_row(path, i, result) for i, result in enumerate(run.results)]
-    if "all_reduce" not in (name := collective(section)):
-        raise FileFormatError(path, f"holds {name}, expected all_reduce_perf")
+    check_all_reduce(path, section)
     return tuple(logs_of(path, section))
 
 

@@ -17,7 +17,7 @@ import msgspec
 
 from ptsim.errors import FileFormatError
 from ptsim.hardware.nccl_log.record import NcclLog
-from ptsim.hardware.nccl_log.section import Row, Section, Times, collective, logs_of
+from ptsim.hardware.nccl_log.section import Row, Section, Times, bus_factor, check_all_reduce, logs_of
 from ptsim.textfile import decode_json
 
 _FIRST = "numcycle"  # the first field of every record
@@ -75,8 +75,7 @@ def read_records(path: Path, text: str) -> tuple[NcclLog, ...]:
     section.num_gpus = first.num_gpus
     section.num_nodes = 1 if first.ranks == 1 else first.nodes if first.nodes > 1 else None
     section.rows = _rows(path, records)
-    if "all_reduce" not in (name := collective(section)):
-        raise FileFormatError(path, f"holds {name}, expected all_reduce_perf")
+    check_all_reduce(path, section)
     return tuple(logs_of(path, section))
 
 
@@ -107,7 +106,7 @@ def _record(path: Path, number: int, fields: dict[str, Any]) -> _Record:
 def _check_one_group(path: Path, records: list[_Record]) -> None:
     """Refuse all-reduces in groups: the file counts the GPUs of all groups, its bandwidths those of one."""
     best = max(records, key=lambda record: record.algbw)
-    factor = 2 * (best.num_gpus - 1) / best.num_gpus
+    factor = bus_factor(best.num_gpus)
     if abs(best.busbw - factor * best.algbw) > _RATIO_OFF * best.algbw + 3 * _ROUNDED:
         raise FileFormatError(
             path,

@@ -52,7 +52,7 @@ _REDUCTIONS = ("sum", "prod", "max", "min", "avg", "mulsum", "all")
 
 
 class Section:
-    """One test of a text log, from its header to its trailer."""
+    """One test of a log: of a text from its header to its trailer, of JSON and CSV the whole file."""
 
     def __init__(self, line: int, name: str | None) -> None:
         self.line, self.name = line, name
@@ -217,6 +217,16 @@ def collective(section: Section) -> str:
     if ranks > 2 and algbw > 1 and abs(busbw / algbw - 1) < 0.02:
         return "a test whose bus bandwidth is its algorithm bandwidth (sendrecv, broadcast or reduce)"
     return "all_reduce_perf"
+
+
+def check_all_reduce(path: Path, section: Section) -> None:
+    """Refuse another collective.
+
+    Raises:
+        FileFormatError: says which it is.
+    """
+    if "all_reduce" not in (name := collective(section)):
+        raise FileFormatError(path, f"holds {name}, expected all_reduce_perf")
 
 
 def _check_section(path: Path, section: Section) -> None:
@@ -429,7 +439,12 @@ def _agrees(num: int, algbw: float, busbw: float) -> bool:
 
 def _ratio_off(num: int, algbw: float, busbw: float) -> float:
     """By how much the ratio of the bandwidths differs from that of so many ranks."""
-    return abs(2 * (num - 1) / num - busbw / algbw)
+    return abs(bus_factor(num) - busbw / algbw)
+
+
+def bus_factor(num_gpus: int) -> float:
+    """The ratio busbw / algbw of an all-reduce over so many GPUs. Source: nccl-tests, doc/PERFORMANCE.md."""
+    return 2 * (num_gpus - 1) / num_gpus
 
 
 def _fitting(path: Path, rows: list[Row], implied: int, line: int) -> int:
@@ -440,7 +455,7 @@ def _fitting(path: Path, rows: list[Row], implied: int, line: int) -> int:
     """
 
     def fits(num: int) -> bool:
-        factor = 2 * (num - 1) / num
+        factor = bus_factor(num)
         measured = (times for row in rows for times in (row.out_of_place, row.in_place) if times is not None)
         return all(abs(t.busbw - factor * t.algbw) <= _ROUNDED * (1 + factor) + 1e-9 for t in measured)
 

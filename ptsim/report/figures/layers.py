@@ -10,7 +10,7 @@ from ptsim.report.facts import Facts
 from ptsim.report.figures import style
 from ptsim.report.figures.registry import ReportFigure
 from ptsim.report.projected import roofline_frame
-from ptsim.units import format_bandwidth, format_peak
+from ptsim.units import counted, format_bandwidth, format_peak
 
 
 @style.styled
@@ -137,7 +137,7 @@ def _roofline_caption(facts: Facts) -> str:
     layers = roofline_frame(facts.shown, facts.projector)
     above = layers[layers.flops_per_second > layers.peak_flops_per_second].layer.nunique() if len(layers) else 0
     fewer = (
-        f" {above} {'layer lies' if above == 1 else 'layers lie'} above the roof: FLOPs are counted as in a direct "
+        f" {counted(above, 'layer lies', 'layers lie')} above the roof: FLOPs are counted as in a direct "
         "convolution, and fp32 kernels for 3 × 3 filters multiply less (Winograd's algorithm)."
     )
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
@@ -21,19 +22,7 @@ def scaling_figure(projections: pd.DataFrame) -> Figure:
     figure, (axes,) = style.panels(1, height_in=3.5)
     sizes = sorted(projections.gpus.unique())
     factor, unit = style.scale_for(float(projections.total_seconds.median()), "seconds")
-    for setting, (colour, dash) in style.run_style(projections).items():
-        rows = projections[projections.setting == setting].sort_values("gpus")
-        style.band(axes, rows.gpus, rows.low_seconds / factor, rows.high_seconds / factor, colour)
-        axes.plot(
-            rows.gpus,
-            rows.total_seconds / factor,
-            color=colour,
-            linestyle=style.dash_style(dash),
-            marker="o",
-            ms=4,
-            label=setting,
-        )
-    axes.set_xscale("log", base=2)
+    _curves(axes, projections, ("total_seconds", "low_seconds", "high_seconds"), factor)
     axes.set_yscale("log")
     style.plain_log_axes(axes, sizes)
     axes.set(xlabel="GPUs", ylabel=f"whole run ({unit})")
@@ -48,20 +37,8 @@ def saving_figure(savings: pd.DataFrame) -> Figure:
     Takes `projected.savings_frame`, averaged over repeats.
     """
     figure, (axes,) = style.panels(1, height_in=3.2)
-    for setting, (colour, dash) in style.run_style(savings).items():
-        rows = savings[savings.setting == setting].sort_values("gpus")
-        style.band(axes, rows.gpus, rows.saved_fraction_low, rows.saved_fraction_high, colour)
-        axes.plot(
-            rows.gpus,
-            rows.saved_fraction,
-            color=colour,
-            linestyle=style.dash_style(dash),
-            marker="o",
-            ms=4,
-            label=setting,
-        )
+    _curves(axes, savings, ("saved_fraction", "saved_fraction_low", "saved_fraction_high"))
     style.zero_line(axes)
-    axes.set_xscale("log", base=2)
     style.plain_log_axes(axes, sorted(savings.gpus.unique()))
     axes.set(xlabel="GPUs", ylabel="time saved against dense")
     style.percent_axis(axes.yaxis)
@@ -91,6 +68,17 @@ def break_even_figure(frame: pd.DataFrame) -> Figure:
         style.percent_axis(axes.yaxis)
         axes.set(xlabel=_LEVER_LABELS[lever], ylabel="time saved")
     return style.finish(figure, frame, n="1 pair of runs", band="90 % interval of the saving")
+
+
+def _curves(axes: Axes, frame: pd.DataFrame, columns: tuple[str, str, str], factor: float = 1.0) -> None:
+    """A line and a band per setting over cluster sizes: middle, low and high in units of `factor`."""
+    middle, low, high = columns
+    for setting, (colour, dash) in style.run_style(frame).items():
+        rows = frame[frame.setting == setting].sort_values("gpus")
+        style.band(axes, rows.gpus, rows[low] / factor, rows[high] / factor, colour)
+        line = style.dash_style(dash)
+        axes.plot(rows.gpus, rows[middle] / factor, color=colour, linestyle=line, marker="o", ms=4, label=setting)
+    axes.set_xscale("log", base=2)
 
 
 _LEVER_LABELS = {

@@ -13,20 +13,21 @@ from ptsim.report.facts import Facts
 from ptsim.report.figures import style
 from ptsim.report.figures.registry import ReportFigure
 from ptsim.report.frames import averaged
+from ptsim.report.parts import CHANGES, COMMUNICATION, HOOKS, HOST, INPUT, MEMORY_BOUND, OTHER, PRODUCTS, UPDATE
 from ptsim.report.projected import epoch_breakdown_frame
 from ptsim.units import percent, together
 
 # In the order in which they are stacked; neighbours differ in lightness.
 PART_COLOURS = {
-    "convolutions and linear layers": "#0072B2",
-    "memory-bound layers": "#8CC8EC",
-    "gradient hooks": "#CC79A7",
-    "optimizer and regulariser": "#00664B",
-    "exposed communication": "#D55E00",
-    "input wait": "#F0E442",
-    "start and reconfiguration": "#222222",
-    "loss and host gaps": "#BBBBBB",
-    "other": "#E6E6E6",
+    PRODUCTS: "#0072B2",
+    MEMORY_BOUND: "#8CC8EC",
+    HOOKS: "#CC79A7",
+    UPDATE: "#00664B",
+    COMMUNICATION: "#D55E00",
+    INPUT: "#F0E442",
+    CHANGES: "#222222",
+    HOST: "#BBBBBB",
+    OTHER: "#E6E6E6",
 }
 
 
@@ -71,7 +72,7 @@ def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
 
 @style.styled
 def epoch_breakdown_figure(breakdown: pd.DataFrame) -> Figure:
-    """Where one run's time goes, epoch by epoch. Takes `frames.epoch_breakdown_frame` of one run and cluster size."""
+    """Where one run's time goes, epoch by epoch. Takes `projected.epoch_breakdown_frame`."""
     figure, (axes,) = style.panels(1, height_in=3.6)
     wide = breakdown.pivot_table(index="epoch", columns="part", values="seconds", aggfunc="sum").fillna(0.0)
     parts = visible_parts(breakdown)
