@@ -40,11 +40,11 @@ def cost(
 
     Args:
         trace_or_model: trace.jsonl, run folder, zoo name, torchvision:NAME or path/to/file.py:function.
-        batch: Images per device. Default: the trace's own, else 32.
+        batch: Images per GPU and step. Default: the trace's own, else 32.
         gpu: Also say whether the mini-batch fits this device, and which is the largest that does. Catalog name or TOML
             file.
-        gpus: Number of GPUs that train together. From 2 on each also holds the buckets of its all-reduces. Default: the
-            trace's own, else 1.
+        gpus: Number of GPUs that train together. With 2 or more, each also holds the buckets of its all-reduces.
+            Default: the trace's own, else 1.
         precision: Number format of the matrix products; amp is fp16 autocast. Default: the trace's own, else fp32.
         memory_format: Layout of the activations in memory. Default: the trace's own, else contiguous.
         convention: How MACs are counted: exact, or paper as the PruneTrain authors count them.

@@ -72,7 +72,7 @@ def demo(
     Parameters
     ----------
     out:
-        Folder for both runs and the report.
+        Folder for the two runs that are trained, the two that are planned, and both reports.
     epochs:
         Epochs of each run; fewer than the default show less pruning.
     seed:

@@ -58,7 +58,8 @@ class PlannedRun:
     """Layout of the activations in memory."""
     optimizer: Optimizer = _UNSAID.optimizer
     draws: int = _UNSAID.draws
-    """Number of trajectories that agree with the pruning. The spread of their times goes into every interval."""
+    """Number of trajectories (which channel goes when) that agree with the pruning. The spread of their times goes into
+    every interval."""
     seed: int = _UNSAID.seed
     """Which of the trajectories that agree with the pruning is planned; 0 is the typical one."""
 

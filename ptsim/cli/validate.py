@@ -45,7 +45,7 @@ def validate(
     /,
     *,
     profile: Annotated[
-        Profile, Parameter(help="Predict from this device profile of `ptsim calibrate gpu` alone.")
+        Profile, Parameter(help="Predict from this device profile alone (`ptsim calibrate gpu` or `import`).")
     ] = None,
     holdout: bool = False,
     cluster: str | None = None,
