@@ -40,7 +40,7 @@ def cost(
 
     Args:
         trace_or_model: trace.jsonl, run folder, zoo name, torchvision:NAME or path/to/file.py:function.
-        batch: Images per GPU and step. Default: the trace's own, else 32.
+        batch: Images per GPU and step. Default: a trace's last mini-batch, else 32.
         gpu: Also say whether the mini-batch fits this device, and which is the largest that does. Catalog name or TOML
             file.
         gpus: Number of GPUs that train together. With 2 or more, each also holds the buckets of its all-reduces.

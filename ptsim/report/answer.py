@@ -204,9 +204,9 @@ def _repeats(best: pd.Series, run: pd.Series) -> str:
     if best.num_runs > 1:
         return f" Means of {best.num_runs} runs of this setting; the interval is the widest of them."
     if run.stretched:
-        return " That every network keeps its share of a run of this length is assumed."
+        return " It is assumed that every network keeps its share of the run at this length."
     if run.origin == "planned":
-        return " Which channels would go, and with what accuracy, is assumed."
+        return " Which channels would go is assumed, and with what accuracy is not known."
     return " This setting was trained once: how much another seed would differ is not part of the interval."
 
 

@@ -299,7 +299,7 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
             notices.append(
                 f"{comparison.label}: the same unpruned network took {percent(abs(speed - 1))} "
                 f"{'less' if speed < 1 else 'more'} time in this run than in {comparison.baseline_label}, so the "
-                "machine ran at another speed: their measured times do not compare."
+                "machine ran at another speed: their measured times cannot be compared."
             )
     return notices
 

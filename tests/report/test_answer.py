@@ -135,7 +135,7 @@ def test_a_recorded_run_at_another_length_says_so(tmp_path: Path) -> None:
     assert "stretched to another length" in report.byline
     assert any("here with 30 epochs instead of 3: every architecture" in notice for notice in report.answer.notices)
     assert "Nobody has trained these runs at this length, so" in report.answer.certainty
-    assert "keeps its share of a run of this length is assumed" in report.answer.certainty
+    assert "assumed that every network keeps its share of the run at this length" in report.answer.certainty
 
 
 @pytest.mark.parametrize(

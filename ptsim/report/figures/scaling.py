@@ -95,7 +95,7 @@ def break_even_figure(frame: pd.DataFrame) -> Figure:
 
 _LEVER_LABELS = {
     "GPUs": "GPUs",
-    "bandwidth": "bandwidth of a link (Gbit/s)",
+    "bandwidth": "bandwidth (Gbit/s)",
     "mini-batch": "first mini-batch per GPU",
 }
 
