@@ -50,10 +50,11 @@ COUNTING = (
     (
         "intervals",
         "90 %: in 9 of 10 such cases the true value lies inside. Where times were measured on the GPU itself, the "
-        "width is the spread of those measurements; elsewhere it is the spread of the errors that the same way of "
-        "predicting made on published measurements. All layers and epochs of a run are taken to err in the same "
-        "direction. A saving has one interval, that of the ratio of the two runs; seconds, joules and USD follow from "
-        "it. Repeats with other seeds are drawn as their mean, with the widest interval of the repeats.",
+        "width comes from the spread of those measurements and from how far off interpolation between them is; "
+        "elsewhere it is the spread of the errors that the same way of predicting made on published measurements. All "
+        "layers and epochs of a run are taken to err in the same direction. A saving has one interval, that of the "
+        "ratio of the two runs; seconds, joules and USD follow from it. Repeats with other seeds are drawn as their "
+        "mean, with the widest interval of the repeats.",
     ),
 )
 
