@@ -113,7 +113,7 @@ def _summary(report: CostReport) -> Table:
             "  of which",
             f"kept activations {format_bytes(need.activation_bytes)}, weights {format_bytes(need.parameter_bytes)}, "
             f"gradients {format_bytes(need.gradient_bytes)}, optimizer {format_bytes(need.optimizer_bytes)}, "
-            f"workspace {format_bytes(need.workspace_bytes)} (they do not all meet)",
+            f"workspace {format_bytes(need.workspace_bytes)} (not all of it at the same time)",
         ),
         ("all-reduce", f"{format_bytes(report.allreduce_bytes)} per update in {counted(report.num_buckets, 'bucket')}"),
         (
@@ -122,7 +122,7 @@ def _summary(report: CostReport) -> Table:
             f"{format_bytes(report.regularizer_bytes)}",
         ),
         (
-            "memory-bound half",
+            "memory-bound part",
             f"{format_bytes(report.streamed_bytes)} a step through layers without products and the update"
             + (
                 ""
@@ -131,7 +131,7 @@ def _summary(report: CostReport) -> Table:
             ),
         ),
         (
-            "  other half",
+            "  other part",
             f"{format_bytes(report.product_bytes)} a step through convolutions, linear layers and products",
         ),
     ]
