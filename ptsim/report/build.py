@@ -273,7 +273,9 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
         )
     tasks = _tasks(runs)
     if len(tasks) > 1:
-        notices.append(f"This page holds runs of {len(tasks)} tasks; its head is about one, the tables show all.")
+        notices.append(
+            f"This page holds runs of {len(tasks)} tasks; its head is about one of them, the tables show all."
+        )
     notices += [
         f"{label}: recorded on {device_name(trace)}, here with {trace.run.assumed[-1].what}."
         for label, trace in zip(run_labels(runs), runs, strict=True)

@@ -171,8 +171,8 @@ def _option_rows(projector: Projector) -> Iterator[Row]:
     yield _row(
         "overlap",
         "as fitted for the link" if options.contention is None else f"{100 * options.contention:.0f} % slower",
-        f"computation and communication slow each other while both run ({_contention()}, unless given); the interval "
-        "covers half to one and a half times that",
+        f"computation and communication slow each other down while both run ({_contention()}, unless given); the "
+        "interval covers half to one and a half times that",
     )
     yield _input_row(options, cluster)
     yield _row(

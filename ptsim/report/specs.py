@@ -241,7 +241,7 @@ ARCHITECTURES = TableSpec(
         "training_macs_per_image": "training",
         "bn_bytes_per_image": "BatchNorm traffic",
         "peak_memory_bytes": "peak memory, measured",
-        "estimated_memory_bytes": "peak memory there, estimated",
+        "estimated_memory_bytes": "peak memory where recorded, estimated",
         "projected_memory_bytes": "peak memory, projected",
         "epoch_allreduce_bytes": "gradients per epoch",
         "epoch_seconds": "measured epoch (the middle one)",
