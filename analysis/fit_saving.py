@@ -198,8 +198,9 @@ Error of the logarithm of the ratio, predicted from a data sheet, as a share of 
 The networks of a family differ in depth more often than in width, and their channel counts are multiples of 8, which
 those of a pruned network are not. If times are scaled from another device, the share of the data-sheet tier is taken,
 because no such pairs were measured. The pairs of convolutions are forward passes in fp32 by TensorFlow 1, without
-normalisation. Three in four have an activation behind them; the table does not say which. The convolutions were drawn at
-random over six dimensions; a profile of real networks has closer neighbours, but the error did not fall with the distance.
+normalisation. Three in four have an activation behind them; the table does not say which. The convolutions were drawn
+at random over six dimensions; a profile of real networks has closer neighbours, but the error did not fall with the
+distance.
 """
 
 
@@ -257,7 +258,7 @@ the cause. It may be what the interpolator does not know (padding, bias, activat
 scatter of repeats; the table does not say. The interpolator's own errors are right for single layers:
 {alone:.1%} of the times lie inside their 90 % interval. But they are not independent. If they were, the interval of a
 sum would shrink with the root of its number of layers. Such an interval holds
-{covered[0]} pairs and {covered[1]}, the layers of a ResNet-50: too few.
+{covered[0]} pairs and {covered[1]}, the layers of a ResNet-50: fewer than 90 %.
 Some of the error is common to all layers and does not average out: the ratio of the sums is off by
 {", ".join(means)} on average on the three GPUs. So the interval follows neither the profile's own
 errors nor the number of layers: only measuring the networks themselves narrows it."""
