@@ -48,8 +48,8 @@ class WhatIf:
     scaling: Annotated[Scaling | None, _default("scaling")] = None
     """weak keeps the recorded mini-batch of each GPU, strong the recorded mini-batch of all GPUs together."""
     minibatch: Annotated[MiniBatch | None, _default("minibatch")] = None
-    """Mini-batch of each epoch: recorded, planned (as large as fits the projected GPU), or fixed (as in the first
-    epoch)."""
+    """Mini-batch of each epoch: recorded, fixed (as in the first epoch), or planned (begins like fixed, and grows at
+    every reconfiguration to what fits the projected GPU)."""
     device: str | None = None
     """GPU that replaces the cluster's own: catalog name or TOML file."""
     precision: PrecisionName | None = None
