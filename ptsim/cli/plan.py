@@ -35,13 +35,13 @@ class PlannedRun:
     """The run to plan; a published run supplies what is None here."""
 
     images: int | None = None
-    """Number of training images."""
+    """Number of training images. Needed, unless a published run supplies it."""
     dataset: str | None = None
     """What the data are called. Default: the published data set of this size, else its size."""
     epochs: int | None = None
-    """Number of epochs."""
+    """Number of epochs. Needed, unless a published run supplies it."""
     batch: int | None = None
-    """Images per GPU and step."""
+    """Images per GPU and step. Needed, unless a published run supplies it."""
     gpus: int | None = None
     """Number of GPUs that train together. Default: the published run's, else 1."""
     interval: int | None = None
