@@ -81,8 +81,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             branch its own, with gathers and scatters around it.
         channel_multiple: the number of channels that stay is rounded up to a multiple of this. In half precision 8
             saves convolutions the copies that pad other numbers.
-        schedule: "continuous" reconfigures every interval, "one_time" once after `reconfigure_epoch` epochs, "ssl"
-            trains dense for `pretrain_epochs`, then sparsifies, and prunes once at the end of that.
+        schedule: "continuous" reconfigures every interval and after the last epoch with the penalty; "one_time" once,
+            after `reconfigure_epoch` epochs; "ssl" trains dense for `pretrain_epochs`, then with the penalty and a
+            learning rate that starts anew, and prunes once at the end of that.
         reconfigure_epoch: epochs before the only reconfiguration of the schedule "one_time".
         pretrain_epochs: number of first epochs in which the network trains dense (schedules "ssl" and "continuous").
         finetune_epochs: number of last epochs, which train without the penalty.
