@@ -73,7 +73,7 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
         criterion: a trace's own, else the group lasso.
         update_bytes, regularizer_bytes: memory traffic of one update and of the criterion's penalty
             (on a GPU, unless `gpu` or the trace says a CPU).
-        streamed_bytes: the memory-bound half of a dense step: what layers without products move forward and backward
+        streamed_bytes: the memory-bound part of a dense step: what layers without products move forward and backward
             (BatchNorm, activations, sums, pools …), and the update.
         streamed_seconds: of these bytes at the device's memory bandwidth, without what stays in a cache (less time) and
             small kernels (more), which `predict` counts; None without a device.

@@ -43,11 +43,13 @@ def gpu(
         out: The TOML file to write. It is complete at any moment, also after an interruption.
         trace: Recorded runs; their architectures are measured first, at their mini-batches.
         device: Device to measure. auto takes the GPU if there is one.
-        minutes: Longest time that the measurement may take, in minutes.
-        precision: Number format to measure, other than those of the traces; amp is fp16 autocast. Default: all that the
-            device has.
-        memory_format: Memory layout to measure, other than those of the traces. Default on a GPU: both.
-        grid: Also measure single operators with many channel counts, as far as time allows.
+        minutes: How long to measure, in minutes. Only with --no-grid it may be done sooner.
+        precision: Number format to measure besides those of the traces; amp is fp16 autocast. Default: fp32 beside
+            --memory-format; otherwise none with traces, fp32 on a CPU, and all that a GPU has.
+        memory_format: Memory layout to measure besides those of the traces. Default: contiguous beside --precision;
+            otherwise none with traces, contiguous on a CPU, and both on a GPU.
+        grid: Afterwards measure single operators with many channel counts until the time is over. --no-grid leaves them
+            out.
         rounds: How many times whole steps of each network are measured, in turn, because a machine's speed drifts.
         resume: Continue with an existing file.
     """

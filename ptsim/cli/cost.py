@@ -41,11 +41,11 @@ def cost(
 
     Args:
         trace_or_model: trace.jsonl, run folder, zoo name, torchvision:NAME or path/to/file.py:function.
-        batch: Images per device. Default: the trace's own, else 32.
+        batch: Images per GPU and step. Default: a trace's last mini-batch, else 32.
         gpu: Also say whether the mini-batch fits this device, and which is the largest that does. Catalog name or TOML
             file.
-        gpus: Number of GPUs that train together. From 2 on each also holds the buckets of its all-reduces. Default: the
-            trace's own, else 1.
+        gpus: Number of GPUs that train together. With 2 or more, each also holds the buckets of its all-reduces.
+            Default: the trace's own, else 1.
         precision: Number format of the matrix products; amp is fp16 autocast. Default: the trace's own, else fp32.
         memory_format: Layout of the activations in memory. Default: the trace's own, else contiguous.
         convention: How MACs are counted: exact, or paper as the PruneTrain authors count them.
@@ -114,7 +114,7 @@ def _summary(report: CostReport) -> Table:
             "  of which",
             f"kept activations {format_bytes(need.activation_bytes)}, weights {format_bytes(need.parameter_bytes)}, "
             f"gradients {format_bytes(need.gradient_bytes)}, optimizer {format_bytes(need.optimizer_bytes)}, "
-            f"workspace {format_bytes(need.workspace_bytes)} (they do not all meet)",
+            f"workspace {format_bytes(need.workspace_bytes)} (not all of it at the same time)",
         ),
         ("all-reduce", f"{format_bytes(report.allreduce_bytes)} per update in {counted(report.num_buckets, 'bucket')}"),
         (
@@ -123,7 +123,7 @@ def _summary(report: CostReport) -> Table:
             f"{format_bytes(report.regularizer_bytes)}",
         ),
         (
-            "memory-bound half",
+            "memory-bound part",
             f"{format_bytes(report.streamed_bytes)} a step through layers without products and the update"
             + (
                 ""
@@ -132,7 +132,7 @@ def _summary(report: CostReport) -> Table:
             ),
         ),
         (
-            "  other half",
+            "  other part",
             f"{format_bytes(report.product_bytes)} a step through convolutions, linear layers and products",
         ),
     ]

@@ -69,7 +69,7 @@ def demo(
     """Train dense and PruneTrain on real digits, project both, and plan the paper's ResNet-50 on 8 A100s.
 
     Args:
-        out: Folder for both runs and the report.
+        out: Folder for the two runs that are trained, the two that are planned, and both reports.
         epochs: Epochs of each run; fewer than the default show less pruning.
         seed: Seed of the weights and of the order of the images.
         price: USD per GPU-hour of the planned run; an assumption, since prices differ.

@@ -39,12 +39,13 @@ def export(
 
     Args:
         trace: Trace file or run folder.
-        format: What to write.
+        format: What to write: chrome, the recorded profiles of layers as a time line; chakra, one step of every
+            architecture for ASTRA-sim; parquet, all tables; onnx, the trained network.
         out: File (chrome, onnx) or folder (chakra, parquet).
         gpus: Number of ranks of the Chakra traces. Default: as many as were recorded, at least two.
         sharding: zero1, zero2: in the Chakra traces every GPU updates its share of the parameters.
         epoch: Epoch whose stored network the ONNX file holds. Default: the last.
-        trust: Run the Python file that makes the network, for a model from a user's file (onnx).
+        trust: Run the Python file that makes the network; onnx needs it for a model from a user's file.
     """
     if epoch is not None and format != "onnx":
         raise UsageError(f"--epoch has no effect on --format {format}; it is for onnx")

@@ -41,19 +41,19 @@ app = cyclopts.App(
 
 # name → (where, one line of help), in the order in which one uses them; `ptsim --help` sorts by name.
 COMMANDS = {
-    "demo": ("demo:demo", "Train dense and PruneTrain on real digits, project both onto a cluster, write the report."),
+    "demo": ("demo:demo", "Train dense and PruneTrain on digits, project both, plan ResNet-50, write two reports."),
     "train": ("train:train", "Train a network, dense or with PruneTrain, and record the run."),
     "inspect": ("inspect:inspect", "Show the channel groups of a network and prove that pruning them is exact."),
     "cost": ("cost:cost", "Count FLOPs, memory traffic, memory and all-reduced bytes of a trace or a network."),
     "calibrate": ("calibrate:app", "Measure this machine: operator times (gpu) or all-reduces (network)."),
-    "import": ("import_:app", "Import what torch.profiler recorded as a device profile."),
+    "import": ("import_:app", "Make a device profile of what torch.profiler recorded."),
     "allreduce": ("allreduce:allreduce", "Predict the time of one all-reduce on a cluster."),
     "predict": ("predict:predict", "Predict the time and throughput of one training step."),
     "plan": ("plan:plan", "Plan a run that nobody has trained; its trace can be projected."),
     "simulate": ("simulate:simulate", "Project recorded or planned runs onto clusters of any size."),
     "validate": ("validate:validate", "Compare predictions with what recorded runs measured."),
     "sweep": ("sweep:sweep", "Run many projections in parallel, from a study file."),
-    "report": ("report:report", "Write the report of recorded runs: one page with the answer, figures and tables."),
+    "report": ("report:report", "Write the report of runs: one page with the answer, figures and tables."),
     "export": ("export:export", "Write a trace in a form that other tools read."),
     "doctor": ("doctor:doctor", "Show what this machine has, what can run on it, and what to do about the rest."),
     "devices": ("catalog:devices", "List the catalog's GPUs."),

@@ -27,7 +27,7 @@ Settings = Annotated[list[str], Parameter(name="--set", negative=(), show_defaul
 Cluster = Annotated[str, Parameter(name="--cluster", help="Cluster: catalog name or TOML file.")]
 Profile = Annotated[
     Path | None,
-    Parameter(name="--profile", help="Device profile that `ptsim calibrate gpu` wrote, of the projected GPU."),
+    Parameter(name="--profile", help="Device profile of the projected GPU, from `ptsim calibrate gpu` or `import`."),
 ]
 _COUNTED = f"Optimizer whose state and update are counted: {', '.join(OPTIMIZERS.names())}."
 Optimizer = Annotated[str, Parameter(name="--optimizer", help=_COUNTED)]

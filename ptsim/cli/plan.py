@@ -36,13 +36,13 @@ class PlannedRun:
     """The run to plan; a published run supplies what is None here."""
 
     images: int | None = None
-    """Number of training images."""
+    """Number of training images. Needed, unless a published run supplies it."""
     dataset: str | None = None
     """What the data are called. Default: the published data set of this size, else its size."""
     epochs: int | None = None
-    """Number of epochs."""
+    """Number of epochs. Needed, unless a published run supplies it."""
     batch: int | None = None
-    """Images per GPU and step."""
+    """Images per GPU and step. Needed, unless a published run supplies it."""
     gpus: int | None = None
     """Number of GPUs that train together. Default: the published run's, else 1."""
     interval: int | None = None
@@ -59,7 +59,8 @@ class PlannedRun:
     """Layout of the activations in memory."""
     optimizer: Optimizer = _UNSAID.optimizer
     draws: int = _UNSAID.draws
-    """Number of trajectories that agree with the pruning. The spread of their times goes into every interval."""
+    """Number of trajectories (which channel goes when) that agree with the pruning. The spread of their times goes into
+    every interval."""
     seed: int = _UNSAID.seed
     """Which of the trajectories that agree with the pruning is planned; 0 is the typical one."""
 

@@ -32,7 +32,7 @@ def report(
         traces: Trace files or run folders.
         out: Folder for index.html, figures/ and tables/.
         cluster: Cluster: catalog name or TOML file; or several, separated by commas. The page is about the first one
-            and compares the others with it. Default: a catalog cluster of the recording device.
+            and compares the others with it. Default: a catalog cluster of the recording device, or else dgx-a100.
         gpus: GPU counts, for example 1,8,64. Default: powers of two up to eight nodes.
         price: Price in USD per GPU and hour. Default: the cluster's; without one, no money is shown.
         grid_intensity: Grams of CO₂ that a kWh causes. Without it, no CO₂ is shown.

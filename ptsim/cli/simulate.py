@@ -48,8 +48,8 @@ class WhatIf:
     scaling: Annotated[Scaling | None, _default("scaling")] = None
     """weak keeps the recorded mini-batch of each GPU, strong the recorded mini-batch of all GPUs together."""
     minibatch: Annotated[MiniBatch | None, _default("minibatch")] = None
-    """Mini-batch of each epoch: recorded, planned (as large as fits the projected GPU), or fixed (as in the first
-    epoch)."""
+    """Mini-batch of each epoch: recorded, fixed (as in the first epoch), or planned (begins like fixed, and grows at
+    every reconfiguration to what fits the projected GPU)."""
     device: str | None = None
     """GPU that replaces the cluster's own: catalog name or TOML file."""
     precision: PrecisionName | None = None
@@ -131,8 +131,9 @@ def simulate(
     Args:
         traces: One or more trace.jsonl files or run folders.
         gpus: GPU counts, for example 1,8,64.
-        timeline: Write the simulated steps of the first trace at the largest GPU count as a Chrome trace: a .json file
-            for Perfetto, or a folder with a file per GPU for HolisticTraceAnalysis.
+        timeline: Write two simulated steps of every architecture of the first trace, at the largest GPU count, as a
+            Chrome trace: a .json file for Perfetto, or a folder with a file per GPU for HolisticTraceAnalysis. Of more
+            than eight GPUs the first eight are drawn.
         seed: Seed of every random draw.
         yes: Also run a simulation of so many events that it takes long.
         settings: Any other option of ptsim.sim.options.Options as name=value, for example faults.policy=elastic. Can be

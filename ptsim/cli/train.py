@@ -82,7 +82,7 @@ def train(
 
     Args:
         config: TOML file with settings; options here and --set override it.
-        out: Run folder to create.
+        out: Run folder to create. Default: runs/MODEL-DATASET-rRATIO-sSEED.
         resume: Run folder to continue from its last checkpoint. Only these may change with it: --epochs, --data-dir,
             --log, and with --set device, num_threads, num_workers, keep_every, profile,
             data_memory_bytes.

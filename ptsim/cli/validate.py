@@ -45,7 +45,7 @@ def validate(
     /,
     *,
     profile: Annotated[
-        Profile, Parameter(help="Predict from this device profile of `ptsim calibrate gpu` alone.")
+        Profile, Parameter(help="Predict from this device profile alone (`ptsim calibrate gpu` or `import`).")
     ] = None,
     holdout: bool = False,
     cluster: str | None = None,
@@ -58,7 +58,8 @@ def validate(
     predicted from its own profiles of each architecture, and its first epoch's input.
 
     Args:
-        traces: One or more trace.jsonl files or run folders. A dense and a pruned run together give the saving.
+        traces: One or more trace.jsonl files or run folders. A dense and a pruned run together give the saving. Without
+            --profile and --holdout each is predicted from its own profiles.
         holdout: Use nothing that the run itself measured: predict from a profile that was not calibrated on it, or,
             without a profile, from the other runs.
         cluster: Cluster that data-parallel runs ran on: catalog name or TOML file, such as that of calibrate network.

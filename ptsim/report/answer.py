@@ -191,7 +191,9 @@ def _certainty(best: pd.Series, settings: int) -> str:
         )
     text += upper(tier_row(best.tier).explanation) + "."
     if settings > 1:
-        text += f" Of {settings} settings that shrink in training, the fastest there is shown: {best.setting}."
+        text += (
+            f" Of {settings} settings that shrink in training, the fastest on this cluster is shown: {best.setting}."
+        )
     return text
 
 
@@ -204,9 +206,9 @@ def _repeats(best: pd.Series, run: pd.Series) -> str:
     if best.num_runs > 1:
         return f" Means of {best.num_runs} runs of this setting; the interval is the widest of them."
     if run.stretched:
-        return " That every network keeps its share of a run of this length is assumed."
+        return " It is assumed that every network keeps its share of the run at this length."
     if run.origin == "planned":
-        return " Which channels would go, and with what accuracy, is assumed."
+        return " Which channels would go is assumed, and with what accuracy is not known."
     return " This setting was trained once: how much another seed would differ is not part of the interval."
 
 
@@ -272,7 +274,7 @@ def _measured_tiles(measured: pd.DataFrame, setting: str) -> Iterator[Tile]:
     )
     if abs(row.time_fraction - row.own_start_fraction) > PACE_TOLERANCE / 2:
         own = percent(row.own_start_fraction)
-        detail += f"; {own} of the time if all its epochs took as long as the first, unpruned ones"
+        detail += f"; {own} of what it would have taken if every epoch had been as long as its first, unpruned ones"
     yield Tile(
         name="Time where it was recorded",
         value=percent(row.time_fraction),

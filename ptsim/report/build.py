@@ -274,7 +274,9 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
         )
     tasks = _tasks(runs)
     if len(tasks) > 1:
-        notices.append(f"This page holds runs of {len(tasks)} tasks; its head is about one, the tables show all.")
+        notices.append(
+            f"This page holds runs of {len(tasks)} tasks; its head is about one of them, the tables show all."
+        )
     notices += [
         f"{label}: recorded on {device_name(trace)}, here with {trace.run.assumed[-1].what}."
         for label, trace in zip(run_labels(runs), runs, strict=True)
@@ -300,7 +302,7 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
             notices.append(
                 f"{comparison.label}: the same unpruned network took {percent(abs(speed - 1))} "
                 f"{'less' if speed < 1 else 'more'} time in this run than in {comparison.baseline_label}, so the "
-                "machine ran at another speed: their measured times do not compare."
+                "machine ran at another speed: their measured times cannot be compared."
             )
     return notices
 

@@ -118,7 +118,7 @@ def why(excess: pd.DataFrame) -> Iterator[str]:
     if floor >= _FLOOR:
         yield (
             f"Launch-bound: a pruned step on a single image would take {percent(min(floor, 1.0))} of the time of "
-            "the whole mini-batch. That much is launches and the least times of kernels, which no pruning shortens."
+            "the whole mini-batch. That part is launches and the least times of kernels, which no pruning shortens."
         )
 
 
@@ -162,8 +162,8 @@ _REASONS = {
     parts.COMMUNICATION: "Exposed communication takes {left} of its dense time: small messages cost latency, not "
     "bandwidth.",
     parts.INPUT: "Waiting for input takes {share} of the pruned run: data arrive no faster for a smaller network.",
-    parts.CHANGES: "Starting and reconfiguring take {share} of the pruned run; a dense run starts once.",
-    parts.OTHER: "Waiting for stragglers takes {share} of the pruned run.",
+    parts.CHANGES: "Starting and reconfiguring take {share} of the pruned run; a dense run only starts.",
+    parts.OTHER: "Waiting for slower GPUs takes {share} of the pruned run.",
 }
 
 # The same where launches and the least times of kernels make up much of a part …

@@ -23,8 +23,8 @@ from ptsim.units import format_bandwidth, format_bytes, format_peak, format_seco
 COUNTING = (
     (
         "MACs",
-        "Multiply–accumulates are fvcore's count of the live network's forward pass; 1 MAC is 2 FLOPs. Training adds "
-        "the weight gradient and, where one flows, the input gradient.",
+        "Multiply–accumulates of the forward pass, as fvcore counts them; 1 MAC is 2 FLOPs. Training adds as many for "
+        "the weight gradient and, in layers whose input needs one, for the input gradient.",
     ),
     (
         "epochs",
@@ -32,26 +32,29 @@ COUNTING = (
     ),
     (
         "all-reduce bytes",
-        "Of the gradients, 4 bytes a parameter, once per update; what a GPU sends on the wire is 2(p−1)/p of that for "
-        "p GPUs.",
+        "Those of the gradients, 4 bytes a parameter, once per update. Of p GPUs in a ring each sends 2(p−1)/p of "
+        "that.",
     ),
     (
         "projection",
         "Each distinct architecture and mini-batch is simulated once as a step of PyTorch's DistributedDataParallel "
-        "(buckets, overlap with the backward pass) and multiplied by its iterations; reconfigurations are added with "
-        "their recorded surgery and the cost of wrapping anew.",
+        "(buckets, overlap with the backward pass) and multiplied by its iterations. Reconfigurations are added: the "
+        "time to change the network, as recorded (as assumed where nobody measured it), and the cost of wrapping it "
+        "anew.",
     ),
     (
         "energy",
-        "Of the GPU boards, without hosts, switches and cooling; power by what a GPU is doing, within the board's "
-        "limits.",
+        "That of the GPU boards, without hosts, switches and cooling. Their power depends on what they are doing, "
+        "within the board's limits.",
     ),
     (
         "intervals",
-        "90 %: in 9 of 10 such cases the true value lies inside. Their width is the spread of the errors that the same "
-        "way of predicting made on published measurements, taken as common to all layers and epochs of a run. A saving "
-        "has one interval, that of the ratio of the two runs; seconds, joules and USD follow from it. Repeats with "
-        "other seeds are drawn as their mean, with the widest interval of the repeats.",
+        "90 %: in 9 of 10 such cases the true value lies inside. Where times were measured on the GPU itself, the "
+        "width comes from the spread of those measurements and from how far off interpolation between them is; "
+        "elsewhere it is the spread of the errors that the same way of predicting made on published measurements. All "
+        "layers and epochs of a run are taken to err in the same direction. A saving has one interval, that of the "
+        "ratio of the two runs; seconds, joules and USD follow from it. Repeats with other seeds are drawn as their "
+        "mean, with the widest interval of the repeats.",
     ),
 )
 
@@ -168,8 +171,8 @@ def _option_rows(projector: Projector) -> Iterator[Row]:
     yield _row(
         "overlap",
         "as fitted for the link" if options.contention is None else f"{100 * options.contention:.0f} % slower",
-        f"computation and communication slow each other while both run ({_contention()}, unless given); the interval "
-        "covers half to one and a half times that",
+        f"computation and communication slow each other down while both run ({_contention()}, unless given); the "
+        "interval covers half to one and a half times that",
     )
     yield _input_row(options, cluster)
     yield _row(

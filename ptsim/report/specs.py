@@ -84,7 +84,8 @@ SCENARIOS = TableSpec(
 BREAK_EVEN = TableSpec(
     name="break_even",
     title="From where on pruning pays.",
-    caption="One thing changes at a time; the bandwidth is that of a link, the mini-batch that of a GPU at the start.",
+    caption="One thing changes at a time. The bandwidth is that of a node's network or, if all GPUs are in one node, "
+    "of each GPU's links inside it, in one direction. The mini-batch is that of a GPU at the start.",
     headings={
         "lever": "what changes",
         "at_value": "at",
@@ -104,7 +105,7 @@ EXCESS = TableSpec(
     name="excess",
     title="What keeps the time from shrinking with the MACs.",
     caption="Of the run in the headline. If time followed the MACs, every part would shrink to the same share; the "
-    "excess is what a part takes above that. What a mini-batch of one image would take as well, no pruning shortens: "
+    "excess is what a part takes above that. Pruning cannot shorten what a mini-batch of one image would take as well: "
     "launches, and the least times of kernels.",
     headings={
         "part": "part",
@@ -240,7 +241,7 @@ ARCHITECTURES = TableSpec(
         "training_macs_per_image": "training",
         "bn_bytes_per_image": "BatchNorm traffic",
         "peak_memory_bytes": "peak memory, measured",
-        "estimated_memory_bytes": "peak memory there, estimated",
+        "estimated_memory_bytes": "peak memory where recorded, estimated",
         "projected_memory_bytes": "peak memory, projected",
         "epoch_allreduce_bytes": "gradients per epoch",
         "epoch_seconds": "measured epoch (the middle one)",

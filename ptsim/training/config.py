@@ -43,13 +43,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         image_size: side of the images that the network sees; None means the data set's own (the model's for images of
             files that differ in size or are not square, and for synthetic data).
         seed: decides weights, order of the images and augmentation.
-        augment: "auto" is random crop and flip for photographs, nothing for digits and synthetic data.
-        crop_padding: pixels of zeros around the image from which the random crop is taken.
+        augment: "crop_flip" (random crop, and mirrored at random), "crop", or "none"; "auto" is "crop_flip" for
+            photographs and "none" for digits and synthetic data.
+        crop_padding: pixels of zeros around the image from which the random crop is taken; None is an eighth of the
+            image's height. Images that are read from disk in every epoch have none.
         start_from: a run folder: training starts from its last stored network, pruned as it is, in place of a new one.
         weights: a state dict or safetensors file, or `torchvision:WEIGHTS` or `timm:MODEL` where they lie in those
             libraries' caches: training starts from these weights.
         weights_skip: weights whose names begin with one of these are not loaded, such as "fc." for other classes.
-        num_workers: decoding processes, for image trees that do not fit in memory; None is one per core, at most 16.
+        num_workers: processes that load images, for image trees that do not fit in memory and for data sets given in
+            Python; None is one per core, at most 16.
         validation_share: of an image tree or Hugging Face data set without validation images, this share of each class
             validates.
         epochs: number of epochs.
@@ -69,15 +72,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         mixup: parameter α of the Beta distribution that mixes pairs of images and their labels; 0 mixes nothing.
         clip_norm: gradients, the penalty's included, are scaled down to this Euclidean norm; None clips nothing.
         penalty_ratio: the penalty's share of the first loss (docs/method.md Eq. 3); 0 is the dense baseline.
-        criterion: what pushes channels towards zero: the group lasso, network slimming, or another package's.
-        regularizer: the criterion's penalty as a gradient, or as a proximal step.
+        criterion: what pushes channels towards zero: "group_lasso", "slimming" (network slimming), or another
+            package's.
+        regularizer: the criterion's penalty acts as a "gradient", or as a "proximal" step after every update.
         interval: epochs between reconfigurations.
-        threshold: a channel is sparse when the largest |w| of its weights is below this.
-        mode: what channels that meet at a sum keep: their union, or each branch its own through gathers (gating).
+        threshold: a channel is sparse, and may be removed, when the largest |w| of its weights is below this.
+        mode: what layers that meet at a sum keep: "union", the channels that any of them needs, or "gating", each
+            branch its own, with gathers and scatters around it.
         channel_multiple: the number of channels that stay is rounded up to a multiple of this. In half precision 8
             saves convolutions the copies that pad other numbers.
-        schedule: "continuous" reconfigures every interval, "one_time" once after `reconfigure_epoch` epochs, "ssl"
-            trains dense for `pretrain_epochs`, then sparsifies, and prunes once at the end of that.
+        schedule: "continuous" reconfigures every interval and after the last epoch with the penalty; "one_time" once,
+            after `reconfigure_epoch` epochs; "ssl" trains dense for `pretrain_epochs`, then with the penalty and a
+            learning rate that starts anew, and prunes once at the end of that.
         reconfigure_epoch: epochs before the only reconfiguration of the schedule "one_time".
         pretrain_epochs: number of first epochs in which the network trains dense (schedules "ssl" and "continuous").
         finetune_epochs: number of last epochs, which train without the penalty.
@@ -88,9 +94,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         lr_rule: how the learning rate follows the mini-batch: in proportion ("linear") or with the square root
             ("sqrt").
         data_memory_bytes: an image tree larger than this when decoded is read from disk in every epoch, with random
-            resized crops, and normalised with ImageNet's mean and deviation; None is a quarter of the memory.
+            resized crops, and normalised with ImageNet's mean and deviation; a Hugging Face data set that is larger is
+            refused. None is a quarter of the memory.
         device: one of "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
-        precision: number format of the matrix products: fp32, tf32, and bf16 or fp16 by autocast.
+        precision: number format of the matrix products: fp32, tf32, and bf16 or fp16 by autocast; amp is fp16.
         memory_format: layout of the images and weights, contiguous or channels_last.
         num_threads: threads of torch on a CPU; None is its own choice. Sums, and so the last bits of a run, depend on
             it; small networks are fastest with 1.

@@ -135,7 +135,7 @@ def test_a_recorded_run_at_another_length_says_so(tmp_path: Path) -> None:
     assert "stretched to another length" in report.byline
     assert any("here with 30 epochs instead of 3: every architecture" in notice for notice in report.answer.notices)
     assert "Nobody has trained these runs at this length, so" in report.answer.certainty
-    assert "keeps its share of a run of this length is assumed" in report.answer.certainty
+    assert "assumed that every network keeps its share of the run at this length" in report.answer.certainty
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,8 @@ def test_a_machine_that_drifted_between_two_runs_is_said_beside_their_times(own:
     (tile,) = [t for t in head_of(saving_row(0.2, 0.1, 0.3), measured=measured).tiles if "recorded" in t.name]
     assert (tile.value, tile.origin) == ("80.0 %", "measured, 1 pair of runs; no interval")
     detail = "of the dense time on A100: 1.33 h instead of 1.67 h, reconfigurations included"
-    drift = f"; {own:.1%} of the time if all its epochs took as long as the first, unpruned ones".replace("%", " %", 1)
+    drift = f"; {own:.1%} of what it would have taken if every epoch had been as long as its first, unpruned ones"
+    drift = drift.replace("%", " %", 1)
     assert tile.detail == detail + drift * said
 
 
@@ -343,7 +344,7 @@ def test_the_fastest_setting_that_shrank_is_shown_and_repeats_are_its_mean() -> 
     runs = pd.concat([run_row(run=name) for name in "abqsot"])
     head = head_of(pd.concat([slow, first, again, quick, short, elsewhere, other], ignore_index=True), runs)
     assert "“r=0.2” saves 1.50 h of 10.0 h (15.0 %; 90 % interval 0.500 h to 3.00 h)" in head.headline
-    assert "Of 3 settings that shrink in training, the fastest there is shown: r=0.2." in head.certainty
+    assert "Of 3 settings that shrink in training, the fastest on this cluster is shown: r=0.2." in head.certainty
     assert "Means of 2 runs of this setting; the interval is the widest of them." in head.certainty
     later = quick.assign(setting="later", pruned_seconds=1.0)
     late = head_of(pd.concat([quick, later], ignore_index=True), run_row(run="q"))
@@ -439,5 +440,5 @@ def test_fewer_images_of_the_same_data_are_another_task(tmp_path: Path, images: 
     name = f"{read_trace(runs[0]).run.model} on "
     assert report.title.endswith(name + ("cifar10" if tasks == 1 else "2 data sets"))
     assert [notice for notice in report.answer.notices if "tasks" in notice] == [
-        "This page holds runs of 2 tasks; its head is about one, the tables show all."
+        "This page holds runs of 2 tasks; its head is about one of them, the tables show all."
     ] * (tasks - 1)

@@ -83,7 +83,7 @@ def _curves(axes: Axes, frame: pd.DataFrame, columns: tuple[str, str, str], fact
 
 _LEVER_LABELS = {
     "GPUs": "GPUs",
-    "bandwidth": "bandwidth of a link (Gbit/s)",
+    "bandwidth": "bandwidth (Gbit/s)",
     "mini-batch": "first mini-batch per GPU",
 }
 
