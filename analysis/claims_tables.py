@@ -187,6 +187,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "vgg11-128": partial(
         runs_table, folder="cifar10-vgg11", columns=_beside("batch128-dense", "batch128-prunetrain-r0.25")
     ),
+    "vgg11-long": partial(
+        runs_table, folder="cifar10-vgg11", columns=_beside("batch128-long-dense", "batch128-long-prunetrain-r0.25")
+    ),
     "resnet18": partial(runs_table, folder="cifar10-resnet18-64", columns=_pair("0.2")),
     "resnet32-recorded-layers": partial(
         layers_text,

@@ -4,9 +4,11 @@
     python analysis/cpu_evidence.py --data cifar10-jpeg --out runs/evidence [--only NAME,…] [--minutes 60]
 
 A pair of runs takes hours. One call works for `--minutes` and then interrupts the two runs; the next call goes on where
-they stopped (`ptsim train --resume`). The pairs are recorded in the order of the plan, one after the other. Every piece
-of work is noted in `pieces.jsonl` with its beginning, its end and the load of the machine before it: a pair that was
-begun beside other work is visible there. Nothing else may run on the machine.
+they stopped (`ptsim train --resume`). The pairs are recorded in the order of the plan, one after the other. When one of
+the two runs has ended, its last network is trained further on its core, only so that the other run keeps a neighbour of
+the same kind: alone it would be faster. Every piece of work is noted in `pieces.jsonl` with its beginning, its end and
+the load of the machine before it: a pair that was begun beside other work is visible there. Nothing else may run on the
+machine.
 
 The data are images in class folders, `train/CLASS/…` and `test/CLASS/…`. The network for images of ImageNet's kind gets
 the same images at 64×64. The schedule is the paper's, shortened: milestones at 1/2 and 3/4 of the epochs, and a
@@ -18,9 +20,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,19 +110,33 @@ PAIRS: dict[str, Pair] = {
 }  # fmt: skip
 
 
-def arguments_of(pair: Pair, run: str, folder: Path, data: Path) -> list[str]:
-    """Arguments of `ptsim` that begin a run, or go on with it."""
+def arguments_of(
+    pair: Pair, run: str, folder: Path, data: Path, changes: Mapping[str, object] | None = None
+) -> list[str]:
+    """Arguments of `ptsim` that begin a run, with some settings changed, or go on with it."""
     if (folder / CONFIG).exists():
         return ["train", "--resume", str(folder)]
     common = (
         f"train_limit={pair.images}", f"validation_limit={min(pair.validation_images, pair.images)}",
         f"epochs={pair.epochs}", f"interval={max(1, pair.epochs // 20)}", f"batch={BATCH}", "num_threads=1",
     )  # fmt: skip
-    settings = dict(setting.split("=", 1) for setting in (*common, *pair.settings, *pair.runs[run]))
+    told = dict(setting.split("=", 1) for setting in (*common, *pair.settings, *pair.runs[run]))
+    settings = told | dict(changes or {})
     return [
         "train", "--out", str(folder), "--model", pair.model, "--dataset", "imagefolder", "--data-dir", str(data),
         "--seed", str(pair.seed), *(part for name, value in settings.items() for part in ("--set", f"{name}={value}")),
     ]  # fmt: skip
+
+
+def neighbour_of(pair: Pair, run: str, folder: Path, data: Path) -> list[str]:
+    """Arguments of `ptsim` that go on training the last network of a complete run, in a folder that nobody keeps."""
+    changes = {"start_from": folder, "lr": 0.001, "warmup_epochs": 0, "interval": pair.epochs, "profile": "false"}
+    return arguments_of(pair, run, neighbour_folder(folder), data, changes)
+
+
+def neighbour_folder(folder: Path) -> Path:
+    """Where the neighbour of a complete run trains."""
+    return folder.with_name(f"{folder.name}-neighbour")
 
 
 def is_complete(folder: Path) -> bool:
@@ -140,15 +157,20 @@ def record(name: str, options: argparse.Namespace, deadline_s: float) -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0))
+    core_of = {run: cores[index % len(cores)] for index, run in enumerate(pair.runs)}
+    neighbours = {core_of[run]: neighbour_of(pair, run, folder, options.data) for run, folder in folders.items()}
     note = {"pair": name, "runs": list(commands), "began": time.strftime("%FT%T%z"), "load_before": os.getloadavg()[0]}
     try:
         run_together(
             commands,
             lambda: deadline_s - time.monotonic(),
             lambda: None,
-            cores=[cores[index % len(cores)] for index in range(len(commands))],
+            cores=[core_of[run] for run in commands],
+            neighbours=neighbours if len(neighbours) == len(pair.runs) else None,  # else both runs share a core
         )
     finally:
+        for folder in folders.values():
+            shutil.rmtree(neighbour_folder(folder), ignore_errors=True)
         note["ended"] = time.strftime("%FT%T%z")
         with (options.out / "pieces.jsonl").open("ab") as file:
             file.write(msgspec.json.encode(note) + b"\n")

@@ -32,6 +32,7 @@ def run_together(
     *,
     cores: Sequence[int] | None = None,
     program: Sequence[str] | None = None,
+    neighbours: Mapping[int, Sequence[str]] | None = None,
 ) -> None:
     """Run `ptsim` commands at the same time; when no time remains they are interrupted as by Ctrl-C.
 
@@ -41,22 +42,29 @@ def run_together(
         meanwhile: called every few seconds and at the end.
         cores: one CPU core for each command, with one thread; None pins nothing.
         program: what runs them in place of `ptsim`.
+        neighbours: by core, the command that keeps it busy as soon as no other one runs on it; they end with the last
+            of the commands, and nobody minds if one fails.
 
     Raises:
-        RuntimeError: one of them failed by itself.
+        RuntimeError: one of the commands failed by itself.
     """
-    processes = {
-        name: subprocess.Popen(
-            [*(program or PTSIM), *command],
-            env=os.environ if cores is None else os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for name, command in commands.items()
-    }
-    for core, process in zip(cores or (), processes.values(), strict=False):
-        os.sched_setaffinity(process.pid, {core})  # its threads begin later and inherit it
+
+    def started(command: Sequence[str], core: int | None) -> subprocess.Popen[bytes]:
+        threads = {} if core is None else {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([*(program or PTSIM), *command], env=os.environ | threads)
+        if core is not None:
+            os.sched_setaffinity(process.pid, {core})  # its threads begin later and inherit it
+        return process
+
+    core_of = dict(zip(commands, cores or [None] * len(commands), strict=True))
+    processes = {name: started(command, core_of[name]) for name, command in commands.items()}
+    beside: dict[int, subprocess.Popen[bytes]] = {}
     stopped = False
     try:
         while any(process.poll() is None for process in processes.values()):
+            busy = {core_of[name] for name, process in processes.items() if process.poll() is None}
+            for core in (neighbours or {}).keys() - busy - beside.keys():
+                beside[core] = started((neighbours or {})[core], core)
             time.sleep(min(5.0, max(remaining_s(), 0.5)))
             meanwhile()  # also if this process should not get to its end
             if remaining_s() <= 0 and not stopped:
@@ -68,6 +76,10 @@ def run_together(
             process.kill()
             process.wait()
         raise
+    finally:
+        for process in beside.values():
+            process.kill()
+            process.wait()
     meanwhile()
     failed = [f"{name}: status {process.returncode}" for name, process in processes.items() if process.returncode]
     if failed and not stopped:

@@ -1,3 +1,6 @@
+import os
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,3 +55,35 @@ def test_wrong_input_is_one_sentence_and_status_2(tmp_path: Path, capsys: pytest
             cpu_evidence.main(arguments)
         assert status.value.code == 2
     assert "vgg11" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs need a core each")
+def test_the_core_of_a_run_that_has_ended_is_kept_busy_until_the_other_ends(tmp_path: Path) -> None:
+    import processes
+
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    beside = {
+        core: [f"import time; open({str(tmp_path / str(core))!r}, 'x').close(); time.sleep(600)"] for core in cores
+    }
+    begun = time.monotonic()
+    processes.run_together(
+        {"short": ["pass"], "long": ["import time; time.sleep(7)"]},
+        lambda: 60.0,
+        lambda: None,
+        cores=cores,
+        program=(sys.executable, "-c"),
+        neighbours=beside,
+    )
+    assert time.monotonic() - begun < 60
+    assert [path.name for path in tmp_path.iterdir()] == [str(cores[0])]
+
+
+def test_a_neighbour_trains_the_last_network_of_the_run_that_has_ended(tmp_path: Path) -> None:
+    import cpu_evidence
+
+    pair = cpu_evidence.PAIRS["vgg11-128"]
+    told = cpu_evidence.neighbour_of(pair, "r0.25", tmp_path / "run", tmp_path / "data")
+    settings = dict(part.split("=", 1) for part in told[told.index("--seed") + 2 :] if part != "--set")
+    assert told[told.index("--out") + 1] == str(tmp_path / "run-neighbour")
+    assert settings["start_from"] == str(tmp_path / "run")
+    assert (settings["batch"], settings["penalty_ratio"], settings["lr"]) == ("128", "0.25", "0.001")
