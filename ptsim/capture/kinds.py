@@ -90,7 +90,7 @@ def foreign_operator(node: fx.Node) -> str | None:
     """The name of an operator that neither torch nor torchvision has registered (`mine::scale`); None for others."""
     if registered_by(node.target) in (None, *TORCH_LIBRARIES, "torchvision"):
         return None
-    packet = getattr(node.target, "overloadpacket", node.target)
+    packet: Any = getattr(node.target, "overloadpacket", node.target)
     return str(packet._qualified_op_name)
 
 

@@ -35,7 +35,7 @@ class SavingError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 @functools.cache
 def saving_errors() -> dict[str, SavingError]:
     """The measured error of a ratio, per tier."""
-    return {**shipped("saving.toml", dict[Tier, SavingError])}
+    return {str(tier): error for tier, error in shipped("saving.toml", dict[Tier, SavingError]).items()}
 
 
 CALIBRATED = (Tier.MEASURED, Tier.PROFILED)

@@ -93,6 +93,7 @@ class Watch:
         self.memory_format: MemoryFormat = "contiguous"
         self.image_shape: tuple[int, ...] | None = None
         self.last_step_s: float | None = None
+        self.judged: tuple[tuple[float, float], ...] = ()
         self.reset()
         self.follow(module, optimizer)
 
@@ -268,7 +269,7 @@ class Watch:
         self._usual_before = self.usual_step
         self._images_of_steps.clear()
         self.last_step_s = None
-        self.judged: tuple[tuple[float, float], ...] = ()
+        self.judged = ()
 
     @property
     def seen(self) -> Seen:
