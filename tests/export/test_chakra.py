@@ -288,7 +288,8 @@ def test_a_step_of_two_passes_lasts_as_long_as_both_and_one_update(tmp_path: Pat
     _, nodes = decode(write_chakra(trace, tmp_path / "out", num_gpus=1)[0])
     one_pass_s = profile.step_s - profile.optimizer_s - profile.regularizer_s
     assert sum(node.duration_micros for node in nodes) == pytest.approx(
-        (2 * one_pass_s + profile.optimizer_s) * 1e6, abs=1
+        (2 * one_pass_s + (1 + 3 / 11) * profile.optimizer_s) * 1e6,
+        abs=1,  # a sum moves 3 values, an update 11
     )
 
 
