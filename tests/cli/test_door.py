@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ptsim.cli import main
-from ptsim.cli.common import printable, stdout_console
+from ptsim.cli.common import escaped, stdout_console
 from ptsim.cli.reading import parse_bytes
 from ptsim.errors import UsageError
 
@@ -113,8 +113,8 @@ def test_names_are_neither_markup_nor_terminal_sequences(capsys: pytest.CaptureF
     assert "\x1b" not in shown
     for text in ("[/b]x", "[red]y", "\\x1b[31mz", "a\\u202eb", ":smile:", "\\udcff", "[/i]head", "[/b]title"):
         assert text in shown
-    assert printable("a\u2028b\u2029c") == "a\\u2028b\\u2029c"  # lines and paragraphs end there in some terminals
-    assert printable("a\nb\tc é ×") == "a\nb\tc é ×"
+    assert escaped("a\u2028b\u2029c") == "a\\u2028b\\u2029c"  # lines and paragraphs end there in some terminals
+    assert escaped("a\nb\tc é ×") == "a\nb\tc é ×"
 
 
 @pytest.mark.parametrize(
