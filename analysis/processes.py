@@ -58,13 +58,13 @@ def run_together(
 
     core_of = dict(zip(commands, cores or [None] * len(commands), strict=True))
     processes = {name: started(command, core_of[name]) for name, command in commands.items()}
-    beside: dict[int, subprocess.Popen[bytes]] = {}
+    waiting = dict(neighbours or {})
+    beside: list[subprocess.Popen[bytes]] = []
     stopped = False
     try:
         while any(process.poll() is None for process in processes.values()):
             busy = {core_of[name] for name, process in processes.items() if process.poll() is None}
-            for core in (neighbours or {}).keys() - busy - beside.keys():
-                beside[core] = started((neighbours or {})[core], core)
+            beside += [started(waiting.pop(core), core) for core in waiting.keys() - busy]
             time.sleep(min(5.0, max(remaining_s(), 0.5)))
             meanwhile()  # also if this process should not get to its end
             if remaining_s() <= 0 and not stopped:
@@ -77,7 +77,7 @@ def run_together(
             process.wait()
         raise
     finally:
-        for process in beside.values():
+        for process in beside:
             process.kill()
             process.wait()
     meanwhile()

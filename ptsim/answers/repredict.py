@@ -14,7 +14,7 @@ import msgspec
 
 from ptsim.costs.collectives import all_reduce, nodes_for
 from ptsim.costs.energy import PowerModel, PowerSample, fit_power, is_plausible, step_energy
-from ptsim.costs.measured import find_profile, measured_step, of_profile, step_of_profile
+from ptsim.costs.measured import find_profile, measured_step, of_profile, recorded_step
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.profiled import profiled_step
 from ptsim.costs.scaling import contention_of, hook_seconds
@@ -36,6 +36,7 @@ from ptsim.trace.pace import (
     paid_s,
     reconfiguration_s,
 )
+from ptsim.trace.pairs import work_of
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
 from ptsim.units import counted
@@ -368,10 +369,10 @@ def _unsteady(trace: Trace) -> str | None:
     Epochs of one architecture, mini-batch, regulariser and number of ranks do the same work: what their mean steps
     differ by is the machine, and no prediction is meant to follow it.
     """
-    alike: dict[tuple[object, ...], list[float]] = {}
+    alike: dict[object, list[float]] = {}
     for epoch in trace.epochs[1:]:  # the first one warms up
-        key = (epoch.architecture, epoch.batch_per_gpu, epoch.passes, epoch.regularized, epoch.world_size)
-        alike.setdefault(key, []).append((epoch.time.wall_s - epoch.time.data_wait_s) / epoch.num_iterations)
+        step_s = (epoch.time.wall_s - epoch.time.data_wait_s) / epoch.num_iterations
+        alike.setdefault((work_of(epoch), epoch.regularized), []).append(step_s)
     ratio = max((max(steps) / min(steps) for steps in alike.values() if min(steps) > 0), default=1.0)
     if ratio <= STEADY:
         return None
@@ -437,8 +438,7 @@ def fit_power_model(trace: Trace, num_epochs: int | None = None) -> PowerModel |
         profile = find_profile(network, trace.profiles, setting.one_pass)
         power_w = epoch.mean_power_w
         if profile is not None and power_w is not None and is_plausible(device, power_w):
-            step = step_of_profile(network, profile, regularizer=epoch.regularized).summing(setting)
-            step = step.accumulated(setting.passes)
+            step = recorded_step(network, profile, setting).accumulated(setting.passes)
             waiting_s = max(epoch.time.wall_s / epoch.num_iterations - step.compute_s, 0.0)
             samples.append(PowerSample(step=step, waiting_s=waiting_s, power_w=power_w))
     return fit_power(device, samples) if samples else None

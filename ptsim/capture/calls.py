@@ -24,6 +24,7 @@ _WITHOUT_GRADIENT = (
 )
 _FUNCTIONS = (FunctionType, MethodType, ModuleType)
 CONTAINERS = (dict, list, deque, set)  # that code may change in place
+HOLDERS = (*CONTAINERS, tuple)  # of other values
 DEEPEST = 3  # of containers in each other that are looked through
 _OWN = frozenset(vars(nn.Module()))
 
@@ -182,7 +183,7 @@ def left_behind(changes: Changes) -> set[fx.Node]:
     waiting = [after for _, after in changes.values()]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, (*CONTAINERS, tuple)):
+        if isinstance(value, HOLDERS):
             waiting += parts_of(value)
         elif isinstance(value, fx.Proxy) and not isinstance(value, fx.proxy.Attribute) and _teaches(value.node):
             found.add(value.node)
@@ -208,7 +209,7 @@ def _after(before: Any, after: Any, calls: int) -> Any:
     if isinstance(after, dict):
         earlier = before if isinstance(before, dict) else {}
         return filled(copy.copy(after), {key: _after(earlier.get(key), value, calls) for key, value in after.items()})
-    if isinstance(after, (*CONTAINERS, tuple)):
+    if isinstance(after, HOLDERS):
         known = list(before) if isinstance(before, list | tuple | deque) else []
         known += [None] * (len(after) - len(known))
         parts = [_after(a, b, calls) for a, b in zip(known, after, strict=False)]
@@ -236,7 +237,7 @@ def _number(value: Any) -> bool:
 
 
 def _has(value: Any, test: Callable[[Any], bool]) -> bool:
-    parts = parts_of(value) if isinstance(value, (*CONTAINERS, tuple)) else None
+    parts = parts_of(value) if isinstance(value, HOLDERS) else None
     return test(value) if parts is None else any(_has(part, test) for part in parts)
 
 

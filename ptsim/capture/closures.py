@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ptsim.capture.calls import CONTAINERS, filled
+from ptsim.capture.calls import CONTAINERS, HOLDERS, filled, parts_of
 
 
 class FunctionTwins:
@@ -41,10 +41,10 @@ class FunctionTwins:
         if isinstance(value, functools.partial):
             for part in (value.func, value.args, value.keywords):
                 self._enter(part)
-        elif isinstance(value, (*CONTAINERS, tuple)) and id(value) not in self._seen:
+        elif isinstance(value, HOLDERS) and id(value) not in self._seen:
             self._seen.add(id(value))
-            for part in value.values() if isinstance(value, dict) else value:
-                if isinstance(part, (FunctionType, functools.partial, *CONTAINERS, tuple)):
+            for part in parts_of(value):
+                if isinstance(part, (FunctionType, functools.partial, *HOLDERS)):
                     self._enter(part)
         elif isinstance(value, FunctionType) and id(value) not in self._memo and _holds_something(value):
             cells = tuple(CellType() for _ in value.__closure__ or ())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ptsim.capture.calls import CONTAINERS, DEEPEST, objects_of, parts_of
+from ptsim.capture.calls import DEEPEST, HOLDERS, objects_of, parts_of
 from ptsim.capture.closures import FunctionTwins
 
 _HOME = "_ptsim_device"  # attribute of a hollow copy: where the original is
@@ -93,7 +93,7 @@ def _tensors_in(kept: Any, depth: int = DEEPEST, *, listed: bool = False) -> Ite
     """The tensors in an attribute, and whether each stands in something else than a dict."""
     if isinstance(kept, Tensor):
         yield kept, listed
-    elif depth and isinstance(kept, (*CONTAINERS, tuple)):
+    elif depth and isinstance(kept, HOLDERS):
         for part in parts_of(kept):
             yield from _tensors_in(part, depth - 1, listed=not isinstance(kept, dict))
 

@@ -50,6 +50,15 @@ def measured_step(network: Network, profiles: Iterable[Profile], setting: StepSe
         raise MissingMeasurementError(
             f"the profile of {network.name} ({network.id}) was taken without the regulariser: a step with it is unknown"
         )
+    return recorded_step(network, profile, setting)
+
+
+def recorded_step(network: Network, profile: Profile, setting: StepSetting) -> StepTime:
+    """One pass of a step of `setting` as `profile` measured it, with what further passes take besides.
+
+    Raises:
+        MissingMeasurementError: a layer of the network is not in the profile.
+    """
     return step_of_profile(network, profile, regularizer=setting.regularizer is not None).summing(setting)
 
 

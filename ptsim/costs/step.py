@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from ptsim.costs.datasheet import datasheet_step
-from ptsim.costs.measured import step_of_profile
+from ptsim.costs.measured import recorded_step
 from ptsim.costs.profiled import profiled_step
 from ptsim.costs.scaled import nearest_profile, scaled_step
 from ptsim.costs.tiers import Tier, TierRow, ordered_tiers
@@ -71,7 +71,7 @@ def _measured(network: Network, device: Device, setting: StepSetting, known: Mea
         return None
     if known.ran(setting) != setting or (setting.regularizer and profile.regularizer_s <= 0):
         return None
-    return step_of_profile(network, profile, regularizer=setting.regularizer is not None).summing(setting)
+    return recorded_step(network, profile, setting)
 
 
 def _profiled(network: Network, device: Device, setting: StepSetting, known: Measurements) -> StepTime | None:

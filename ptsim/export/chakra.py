@@ -31,7 +31,7 @@ import msgspec
 
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.flops import layer_macs
-from ptsim.costs.measured import find_profile, step_of_profile
+from ptsim.costs.measured import find_profile, recorded_step
 from ptsim.costs.scaling import tensor_seconds
 from ptsim.costs.times import StepTime
 from ptsim.costs.traffic import network_traffic, sum_bytes, update_traffic
@@ -319,7 +319,7 @@ def _step_content(trace: Trace, epoch: Epoch, ranks: int, sharding: Sharding) ->
     setting = msgspec.structs.replace(trace.setting_of(epoch), num_gpus=ranks, sharding=sharding)
     profile, step = find_profile(network, trace.profiles, setting.one_pass), None
     if profile is not None:
-        step = step_of_profile(network, profile, regularizer=epoch.regularized).summing(setting)
+        step = recorded_step(network, profile, setting)
     tensor_s = tensor_seconds(ranks, on_gpus=trace.run.device.kind == "cuda")
     hooks = ", hooks of gradients fitted" if tensor_s else ""
     return encode_trace(

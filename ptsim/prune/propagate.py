@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.calls import CONTAINERS, Changes, attributes_restored
+from ptsim.capture.calls import HOLDERS, Changes, attributes_restored
 from ptsim.capture.constants import constants_of
 from ptsim.capture.copies import hollow_copy
 from ptsim.capture.graph import Way, example_input, output_tensors
@@ -354,7 +354,7 @@ def _refuse_collected(model: nn.Module, images: Tensor, output: Any) -> None:
 def _refuse_read(model: nn.Module, changes: Changes) -> None:
     """Raise an error if a hook has left a tensor in an attribute that the code reads."""
     for (path, name), (_, value) in changes.items():
-        kept = isinstance(value, (Tensor, tuple, *CONTAINERS)) and name != "forward"
+        kept = isinstance(value, (Tensor, *HOLDERS)) and name != "forward"
         if kept and any(name in words_of(module) for module in model.modules()):
             kind = type(model.get_submodule(path)).__name__
             raise UnsupportedModelError(

@@ -272,7 +272,7 @@ def pace(comparison: Comparison) -> float | None:
         [
             (epoch.time.wall_s - epoch.time.regularizer_s) / epoch.num_images
             for epoch in trace.epochs
-            if epoch.measured_time is not None and _work(epoch) == _work(first)
+            if epoch.measured_time is not None and work_of(epoch) == work_of(first)
         ]
         for trace in (comparison.pruned, comparison.baseline)
     )
@@ -314,7 +314,7 @@ def held_dense(trace: Trace) -> Trace:
     takes the same power.
     """
     first = trace.epochs[0]
-    same = [epoch for epoch in trace.epochs if _work(epoch) == _work(first)]
+    same = [epoch for epoch in trace.epochs if work_of(epoch) == work_of(first)]
     timed = [epoch for epoch in same if epoch.measured_time is not None]
     typical, time, device = first, first.measured_time, first.device
     if timed:
@@ -365,7 +365,7 @@ def _in_seconds(epoch: Epoch, wall_s: float) -> DeviceUse | None:
     return msgspec.structs.replace(use, energy_j=use.energy_j * wall_s / epoch.time.wall_s)
 
 
-def _work(epoch: Epoch) -> tuple[str, int, int, int]:
+def work_of(epoch: Epoch) -> tuple[str, int, int, int]:
     """What a step computes, but for the penalty, and among how many ranks."""
     return epoch.architecture, epoch.batch_per_gpu, epoch.passes, epoch.world_size
 
