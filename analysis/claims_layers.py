@@ -16,10 +16,12 @@ from ptsim.costs.flops import training_macs
 from ptsim.trace.schema import Profile
 from ptsim.units import listed
 
+BY_LAYER = "by_layer"
 
-def by_layer(root: Path, folder: str, table: str) -> pd.DataFrame:
-    """A table that `saving_by_layer.py` measured for a run of `traces/FOLDER`."""
-    return pd.read_csv(root / "traces" / folder / "by_layer" / f"{table}.csv")
+
+def by_layer(root: Path, folder: str, table: str, measured: str = BY_LAYER) -> pd.DataFrame:
+    """A table that `saving_by_layer.py` measured for a run of `traces/FOLDER`, in the folder MEASURED there."""
+    return pd.read_csv(root / "traces" / folder / measured / f"{table}.csv")
 
 
 def recorded_layers(root: Path, *, folder: str, run: str) -> Figures:
@@ -75,9 +77,9 @@ def gating_layers(root: Path, *, folder: str, gating: str, union: str) -> Figure
     ]
 
 
-def recorded_steps(root: Path, *, folder: str) -> Figures:
+def recorded_steps(root: Path, *, folder: str, measured: str = BY_LAYER) -> Figures:
     """The step of the last network alone, and with its channels rounded up, as measured on an idle machine."""
-    table = by_layer(root, folder, "steps")
+    table = by_layer(root, folder, "steps", measured)
     rows = {row["network"]: row for row in table.to_dict("records")}
     one, eight, sixteen = (rows[f"pruned, multiple of {multiple}"] for multiple in (1, 8, 16))
     apart = table.slowest_over_fastest_round - 1
@@ -90,9 +92,9 @@ def recorded_steps(root: Path, *, folder: str) -> Figures:
     ]
 
 
-def step_ratios(root: Path, *, folder: str) -> list[float]:
+def step_ratios(root: Path, *, folder: str, measured: str = BY_LAYER) -> list[float]:
     """What the step of the last network saves for each part that is saved of the MACs, not rounded."""
-    rows = by_layer(root, folder, "steps").set_index("network")
+    rows = by_layer(root, folder, "steps", measured).set_index("network")
     return [float(rows.saved_time_per_saved_macs["pruned, multiple of 1"])]
 
 
@@ -121,6 +123,22 @@ def recorded_wide(root: Path, *, folder: str) -> Figures:
     return [f"BatchNorm, ReLU and pooling {percent(share)} of the dense layers' time"]
 
 
+def recorded_early(root: Path, *, folder: str, measured: str, numbers: tuple[int, ...]) -> Figures:
+    """MACs and time left of some convolutions, by their numbers from 1, and of all others together."""
+    layers = by_layer(root, folder, "layers", measured)
+    convolutions = layers[layers.kind == "conv"].reset_index(drop=True)
+    early = convolutions.iloc[[number - 1 for number in numbers]]
+    sums = convolutions.drop(early.index)[["pruned_macs", "dense_macs", "pruned_seconds", "dense_seconds"]].sum()
+    return [
+        *(
+            f"convolution {number}: MACs {percent(row.macs_left)}, time {percent(row.time_left)}"
+            for number, row in zip(numbers, early.itertuples(), strict=True)
+        ),
+        f"all other convolutions: MACs {percent(sums.pruned_macs / sums.dense_macs)}, "
+        f"time {percent(sums.pruned_seconds / sums.dense_seconds)}",
+    ]
+
+
 def overheads(root: Path) -> Figures:
     """What the penalty, the recorder and the data path take, as shares of a plain step, by the tables `overheads`."""
     tables = {
@@ -145,6 +163,8 @@ def overheads(root: Path) -> Figures:
 CHECKS: dict[str, Callable[[Path], Figures]] = {
     "recorded-vgg11-steps": partial(recorded_steps, folder=VGG11),
     "recorded-vgg11-layers": partial(recorded_wide, folder=VGG11),
+    "recorded-vgg11-long-steps": partial(recorded_steps, folder=VGG11, measured="by_layer_long"),
+    "recorded-vgg11-long-layers": partial(recorded_early, folder=VGG11, measured="by_layer_long", numbers=(2, 3)),
     "recorded-resnet18-steps": partial(recorded_steps, folder=RESNET18),
     "recorded-resnet32-layers": partial(recorded_layers, run="prunetrain-r0.25", folder=RESNET32),
     "recorded-resnet32-steps": partial(recorded_steps, folder=RESNET32),
