@@ -54,8 +54,8 @@ GATHERED_KERNELS = 2**22
 def group_lasso_work(network: Network, *, gpu: bool) -> PenaltyWork:
     """Of the group lasso (`prune.criteria.group_lasso`) on fp32 weights, counted by hand from its code.
 
-    A weight by itself, with k² elements a kernel: 4 + 7/k² accesses an element (9 for k = 1), 10 launches, and two
-    numbers a kernel as scratch. Gathered on a GPU: 20 accesses an element (a lookup in the table of norms stays in the
+    A weight by itself, with k² elements a kernel: 7 + 2/k² accesses an element, 10 launches, and its squares
+    as scratch. Gathered on a GPU: 20 accesses an element (a lookup in the table of norms stays in the
     cache and counts its index alone), 4 + 18/k² if norms of kernels are gathered. 10 launches over all weights at once,
     a concatenation for every 128 (aten/src/ATen/native/cuda/Shape.cu), and an addition for every 48 weights
     (ForeachFunctors.cuh), or 2 launches a weight with norms of kernels. Three tables of 4 bytes an entry of the vector,
@@ -66,8 +66,7 @@ def group_lasso_work(network: Network, *, gpu: bool) -> PenaltyWork:
         elements = parameter.num_elements
         kernels = elements // math.prod(parameter.shape[2:])
         if not gpu or kernels > GATHERED_KERNELS:
-            accesses += 9 * elements if kernels == elements else 4 * elements + 7 * kernels
-            scratch, launches = max(scratch, 2 * kernels), launches + 10
+            accesses, scratch, launches = accesses + 7 * elements + 2 * kernels, max(scratch, elements), launches + 10
         elif kernels == elements or elements <= GATHERED_ELEMENTS:
             accesses, entries, by_element = accesses + 20 * elements, entries + elements, by_element + 1
         else:

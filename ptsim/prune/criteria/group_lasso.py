@@ -146,18 +146,30 @@ def _like_weight(W_GOIK: Tensor, layer: Weighted, weight: Tensor) -> Tensor:
 
 
 def _add_gradient(term: _Term, coefficient: float) -> None:
-    """λ·w·(1/‖w_in‖ + 1/‖w_out‖) of one weight."""
+    """λ·w·(1/‖w_in‖ + 1/‖w_out‖) of one weight.
+
+    Squares are summed in the order in which the weight is stored, first over whole rows: in another order, or over the
+    few elements of a kernel, a CPU takes many times as long.
+    """
     layer, weight = term.layer, term.weight
-    norms = _kernel_norms(term)
-    square = norms.square_() if norms.numel() < weight.numel() else norms.square()
+    first, second = weight.shape[:2]  # of a transposed convolution the inputs come first
+    squares = _storage(_wide(weight)).square().view(layer.groups, first // layer.groups, -1)
+    of_first = squares.sum(2)[:, :, None]
+    if _is_channels_last(weight):
+        of_second = squares.view(layer.groups, -1, second).sum(1)[:, None, :]
+    else:
+        of_second = squares.sum(1).view(layer.groups, second, -1).sum(2)[:, None, :]
+    del squares
+    of_outputs, of_inputs = (of_second, of_first) if layer.transposed else (of_first, of_second)
     factor: Tensor | None = None
-    for wanted, axis in ((term.inputs, 1), (term.outputs, 2)):
+    for wanted, sums in ((term.inputs, of_inputs), (term.outputs, of_outputs)):
         if wanted:
-            inverse = square.sum(axis, keepdim=True).add_(SMOOTHING).rsqrt_()
+            inverse = sums.add_(SMOOTHING).rsqrt_()
             factor = inverse if factor is None else factor + inverse
     if factor is not None:
         assert weight.grad is not None, "made by the caller"
-        factor = _like_weight(factor.expand(norms.shape), layer, weight).to(weight.dtype)
+        factor = factor.expand(layer.groups, first // layer.groups, second)
+        factor = factor.reshape(first, second, *[1] * (weight.ndim - 2)).to(weight.dtype)
         weight.grad.addcmul_(weight, factor, value=coefficient)
 
 
@@ -261,16 +273,19 @@ def _offsets(lengths: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), *lengths]).cumsum(0)
 
 
+def _is_channels_last(weight: Tensor) -> bool:
+    """The second axis stands last in storage."""
+    return not weight.is_contiguous() and weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def _storage(weight: Tensor) -> Tensor:
     """The weight as a contiguous view in its order of storage (channels last or first)."""
-    if not weight.is_contiguous() and weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
-        return weight.permute(0, 2, 3, 1)
-    return weight.contiguous()
+    return weight.permute(0, 2, 3, 1) if _is_channels_last(weight) else weight.contiguous()
 
 
 def _unstore(vector: Tensor, weight: Tensor) -> Tensor:
     """A vector in the weight's order of storage as a tensor of the weight's shape and strides."""
-    if not weight.is_contiguous() and weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+    if _is_channels_last(weight):
         out, inner, height, width = weight.shape
         return vector.view(out, height, width, inner).permute(0, 3, 1, 2)
     return vector.view(weight.shape)
