@@ -1,6 +1,6 @@
 """What does pruning cost, compared with training? Prints ratios to a training step; can survey many models.
 
-    python analysis/bench_engine.py                                  # the ratios
+    python analysis/bench_engine.py [--csv FILE.csv]                 # the ratios
     python analysis/bench_engine.py --all-torchvision --out FILE.csv # inspect the models that the file has no row of
     python analysis/bench_engine.py --launches                       # what an operator takes of the host
     python analysis/bench_engine.py --compare resnet18 densenet121   # compare with Torch-Pruning, if it is installed
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from benchmarks import Figure, add_option, tell
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,7 +89,7 @@ def launch_microseconds(repeats: int) -> dict[str, float]:
     return {name: 1e6 * spent / operators for name, spent in seconds.items()}
 
 
-def regularizer_ratio(name: str, batch: int, repeats: int) -> dict[str, float]:
+def regularizer_figures(name: str, batch: int, repeats: int) -> list[Figure]:
     """The hand-written gradient beside a whole training step without it."""
     entry = zoo.find(name)
     model = entry.build(num_classes=entry.num_classes).train()
@@ -102,17 +103,22 @@ def regularizer_ratio(name: str, batch: int, repeats: int) -> dict[str, float]:
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
-    launches = {}
+    launches = []
     forms: tuple[Literal["per_tensor", "gathered"], ...] = ("per_tensor", "gathered")
     for form in forms:
         other = GroupLasso(model, groups, form=form)
         other.add_gradient(1e-4)  # makes the gradients and the flat form's tables
         with CountLaunches() as counter:
             other.add_gradient(1e-4)
-        launches[f"launches_{form}"] = float(counter.count)
+        launches.append(Figure(f"kernels of the penalty, {form.replace('_', ' ')}", counter.count, ""))
     step_s = median_seconds(step, repeats)
     regularizer_s = median_seconds(lambda: lasso.add_gradient(1e-4), 3 * repeats)
-    return {"step_s": step_s, "regularizer_s": regularizer_s, "ratio": regularizer_s / step_s, **launches}
+    return [
+        Figure(f"a step of {name} at mini-batch {batch}", step_s, "s"),
+        Figure("the penalty's gradient", regularizer_s, "s"),
+        Figure("the penalty's gradient, of the step", 100 * regularizer_s / step_s, "%"),
+        *launches,
+    ]
 
 
 def reconfiguration_seconds(name: str) -> float:
@@ -197,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--compare", nargs="*", default=())
     parser.add_argument("--launches", action="store_true")
+    add_option(parser)
     options = parser.parse_args(arguments)
     if options.all_torchvision or options.names:
         from ptsim.models.torchvision_family import classifier_names
@@ -215,9 +222,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.compare:
             print(compare(name))
         return 0
-    for key, value in regularizer_ratio(options.model, options.batch, options.repeats).items():
-        print(f"{options.model} at mini-batch {options.batch}: {key} = {value:.4g}")
-    print(f"{options.reconfigure}: one reconfiguration {reconfiguration_seconds(options.reconfigure):.3f} s")
+    figures = regularizer_figures(options.model, options.batch, options.repeats)
+    reconfiguration_s = statistics.median(reconfiguration_seconds(options.reconfigure) for _ in range(options.repeats))
+    figures.append(Figure(f"one reconfiguration of {options.reconfigure}", reconfiguration_s, "s"))
+    tell("engine", figures, options.csv)
     return 0
 
 

@@ -5,7 +5,7 @@ the machine does is not counted, but it takes caches and clock from both of a pa
 for a quiet machine, and the median of the pairs beside it says how far this one was from that. On a GPU a phase's end
 also costs one event, about a microsecond of the host.
 
-python analysis/bench_recorder.py [--steps 500] [--rounds 11]
+python analysis/bench_recorder.py [--steps 500] [--rounds 11] [--csv FILE.csv]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import time
 
 import torch
+from benchmarks import Figure, add_option, tell
 from torch import nn
 
 import ptsim
@@ -65,14 +66,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=11)
+    add_option(parser)
     options = parser.parse_args()
     pairs = measure(options.steps, options.rounds)
     least_s = min(without for without, _ in pairs)
     added_s = min(recorded for _, recorded in pairs) - least_s
     median_s = statistics.median(recorded - without for without, recorded in pairs)
-    print(f"a step without a recorder         {least_s * 1e6:8.1f} µs of CPU time, the least of {len(pairs)} rounds")
-    print(f"the recorder adds to the least    {added_s * 1e6:8.1f} µs, {added_s / STEP_S:.3%} of a step of 100 ms")
-    print(f"the recorder adds, median of pairs{median_s * 1e6:8.1f} µs, {median_s / STEP_S:.3%} of a step of 100 ms")
+    share = f"%, of a step of {1e3 * STEP_S:.0f} ms"
+    figures = [
+        Figure(f"a step without a recorder, CPU time, the least of {len(pairs)} rounds", 1e6 * least_s, "µs"),
+        Figure("the recorder adds to the least", 1e6 * added_s, "µs"),
+        Figure("the recorder adds to the least, share", 100 * added_s / STEP_S, share),
+        Figure("the recorder adds, median of pairs", 1e6 * median_s, "µs"),
+        Figure("the recorder adds, median of pairs, share", 100 * median_s / STEP_S, share),
+    ]
+    tell("recorder", figures, options.csv)
 
 
 if __name__ == "__main__":

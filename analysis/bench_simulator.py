@@ -1,6 +1,7 @@
 """How fast is the simulator? Prints ratios and absolute figures for one trace on this machine.
 
     python analysis/bench_simulator.py TRACE [--cluster dgx-a100] [--epochs 182] [--configurations 10000] [--workers 4]
+        [--csv FILE.csv]
 
 With --epochs the recorded run is first made that long: every 10 epochs the next of its architectures follows, with a
 mini-batch that is larger by 8, so that each group of 10 epochs has a step of its own to simulate.
@@ -21,9 +22,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import msgspec
+from benchmarks import Figure, add_option, tell
 
 from ptsim.answers.study import read_study
 from ptsim.answers.sweep import run_study
@@ -45,17 +48,21 @@ def main() -> None:
     parser.add_argument("--configurations", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--epochs", type=int, help="length of the run; by default as recorded")
+    add_option(parser)
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}")
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.trace
         if arguments.epochs is not None:
             path = lengthened(path, arguments.epochs, Path(folder) / "trace.jsonl")
-        whole_runs(path, arguments.cluster, arguments.gpus)
-        link_by_link(path, arguments.cluster, arguments.gpus[:3])
-        unequal_steps(path, arguments.cluster, arguments.unequal)
-        memory(path, arguments.cluster, arguments.most)
-        sweep(path, arguments.cluster, arguments.configurations, arguments.workers)
+        figures = [
+            *whole_runs(path, arguments.cluster, arguments.gpus),
+            *link_by_link(path, arguments.cluster, arguments.gpus[:3]),
+            *unequal_steps(path, arguments.cluster, arguments.unequal),
+            *memory(path, arguments.cluster, arguments.most),
+            *sweep(path, arguments.cluster, arguments.configurations, arguments.workers),
+        ]
+    tell("simulator", figures, arguments.csv)
 
 
 def lengthened(path: Path, num_epochs: int, out: Path) -> Path:
@@ -89,34 +96,30 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def whole_runs(path: Path, cluster: str, counts: list[int]) -> None:
+def whole_runs(path: Path, cluster: str, counts: list[int]) -> list[Figure]:
     """Project the whole trace, nothing cached, by number of GPUs."""
     trace, where = read_trace(path), load_cluster(cluster)
     project(trace, where, 1)  # imports and catalog
-    print(f"\nwhole run of {len(trace.epochs)} epochs and {len(trace.networks)} architectures, symmetric cluster")
-    times = {count: seconds(lambda count=count: project(trace, where, count)) for count in counts}  # type: ignore[misc] # mypy types no default of a lambda
-    for count, duration in times.items():
-        print(f"  {count:>6} GPUs {duration:8.3f} s  {duration / times[counts[0]]:5.2f} × {counts[0]} GPUs")
+    run = f"whole run of {len(trace.epochs)} epochs, {len(trace.networks)} architectures"
+    return [Figure(f"{run}, GPUs: {n}", seconds(partial(project, trace, where, n)), "s") for n in counts]
 
 
-def link_by_link(path: Path, cluster: str, counts: list[int]) -> None:
+def link_by_link(path: Path, cluster: str, counts: list[int]) -> list[Figure]:
     """The same, with every all-reduce also sent over the cluster's links, of which one NIC is slow."""
     trace, where = read_trace(path), load_cluster(cluster)
     options = change(Options(), {"network": "links", "link_bandwidth": {"node 0 out": 0.5}})
-    print("\nthe same link by link")
-    for count in counts:
-        duration = seconds(lambda count=count: project(trace, where, count, options))  # type: ignore[misc] # mypy types no default of a lambda
-        print(f"  {count:>6} GPUs {duration:8.3f} s")
+    return [
+        Figure(f"the same link by link, GPUs: {n}", seconds(partial(project, trace, where, n, options)), "s")
+        for n in counts
+    ]
 
 
-def unequal_steps(path: Path, cluster: str, counts: list[int]) -> None:
+def unequal_steps(path: Path, cluster: str, counts: list[int]) -> list[Figure]:
     """Project one epoch, whose one step is simulated GPU by GPU (three times: expected, low, high)."""
-    print("\none step of unequal GPUs, simulated GPU by GPU")
-    base = None
-    for count in counts:
-        duration = seconds(lambda count=count: _unequal(path, cluster, count)) / 3  # type: ignore[misc] # mypy types no default of a lambda
-        base = base or duration / count
-        print(f"  {count:>6} GPUs {duration:8.3f} s  {duration / count / base:5.2f} × the first per GPU")
+    return [
+        Figure(f"one step, simulated GPU by GPU, GPUs: {n}", seconds(partial(_unequal, path, cluster, n)) / 3, "s")
+        for n in counts
+    ]
 
 
 def _unequal(path: Path, cluster: str, count: int) -> float:
@@ -127,33 +130,33 @@ def _unequal(path: Path, cluster: str, count: int) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
 
 
-def memory(path: Path, cluster: str, count: int) -> None:
+def memory(path: Path, cluster: str, count: int) -> list[Figure]:
     """Peak memory of a fresh process that simulates this many unequal GPUs."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         start = time.perf_counter()
         peak_gib = pool.submit(_unequal, path, cluster, count).result()
-        duration = time.perf_counter() - start
-    print(
-        f"\n{count} unequal GPUs in a fresh process: peak memory {peak_gib:.2f} GiB, {duration:.1f} s for three steps"
-    )
+        duration_s = time.perf_counter() - start
+    return [
+        Figure(f"peak memory of a fresh process for GPUs: {count}", peak_gib, "GiB"),
+        Figure(f"its time for three steps, GPUs: {count}", duration_s, "s"),
+    ]
 
 
-def sweep(path: Path, cluster: str, configurations: int, workers: int) -> None:
-    """The same study on one process and on several; both pools are started and warm before the clock runs."""
-    single, single_count = _sweep(path, cluster, max(1, configurations // workers), 1)
-    several, several_count = _sweep(path, cluster, configurations, workers)
-    rate, all_rate = single_count / single, several_count / several
-    print("\nsweep (per configuration: the whole run on one cluster size)")
-    print(
-        f"  1 process    {single_count:>6} configurations {single:8.2f} s  {1e3 * single / single_count:7.2f} ms each"
-    )
-    print(f"  {workers} processes  {several_count:>6} configurations {several:8.2f} s  {all_rate:7.0f} a second")
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    worker_cpu = children.ru_utime + children.ru_stime
-    print(
-        f"  processor time: workers {worker_cpu:.1f} s (all of this script's), this process {time.process_time():.1f} s"
-    )
-    print(f"  speed-up {all_rate / rate:.2f} of {workers}: {all_rate / rate / workers:.1%} of perfect scaling")
+def sweep(path: Path, cluster: str, configurations: int, workers: int) -> list[Figure]:
+    """The same study on one process and on several; both pools are started and warm before the clock runs.
+
+    A configuration is the whole run on one cluster size.
+    """
+    single_s, single_count = _sweep(path, cluster, max(1, configurations // workers), 1)
+    several_s, several_count = _sweep(path, cluster, configurations, workers)
+    rate, all_rate = single_count / single_s, several_count / several_s
+    study = f"a sweep of {several_count:,} configurations, processes: {workers}"
+    return [
+        Figure("a configuration of a sweep, in one process", 1e3 / rate, "ms"),
+        Figure(study, several_s, "s"),
+        Figure(f"{study}, configurations a second", all_rate, "1/s"),
+        Figure(f"{study}, of {workers} times one process", 100 * all_rate / rate / workers, "%"),
+    ]
 
 
 def _sweep(path: Path, cluster: str, configurations: int, workers: int) -> tuple[float, int]:

@@ -1,6 +1,6 @@
 """Is ptsim's dense training loop as fast as a plain PyTorch loop? What do reconfiguring and resuming cost?
 
-    python analysis/bench_training.py [--model resnet20] [--side 32] [--batch 128] [--iterations 20] [--json]
+    python analysis/bench_training.py [--model resnet20] [--side 32] [--batch 128] [--iterations 20] [--csv FILE.csv]
 
 The plain loop is the usual one: a `TensorDataset` of decoded images behind a `DataLoader` that crops, flips and
 normalises image by image, with the same model, mini-batch and SGD. Both loops take turns, so that a busy machine
@@ -10,7 +10,6 @@ slows both. Quote the ratio. The reconfiguration removes half of the channels of
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmarks import Figure, add_option, tell
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -119,7 +119,7 @@ def reconfiguration_s(device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(model: str, side: int, batch: int, iterations: int, repeats: int = 3) -> dict[str, float | str]:
+def measure(model: str, side: int, batch: int, iterations: int, repeats: int = 3) -> list[Figure]:
     """All figures, medians over `repeats` turns."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = batch * iterations
@@ -131,14 +131,15 @@ def measure(model: str, side: int, batch: int, iterations: int, repeats: int = 3
         engine.append(epoch_s)
         resume.append(resume_s)
     ratios = [theirs / ours for theirs, ours in zip(plain, engine, strict=True)]
-    return {
-        "device": str(device),
-        "plain_epoch_seconds": statistics.median(plain),
-        "engine_epoch_seconds": statistics.median(engine),
-        "speed_up": statistics.median(ratios),
-        "resume_seconds": statistics.median(resume),
-        "reconfiguration_seconds": statistics.median(reconfiguration_s(device) for _ in range(repeats)),
-    }
+    surgery_s = statistics.median(reconfiguration_s(device) for _ in range(repeats))
+    steps = f"{iterations} iterations of {model} at mini-batch {batch} on {device.type}"
+    return [
+        Figure(f"{steps}, plain loop", statistics.median(plain), "s"),
+        Figure(f"{steps}, ptsim", statistics.median(engine), "s"),
+        Figure(f"plain loop over ptsim, the median ratio of {repeats} turns", statistics.median(ratios), ""),
+        Figure("resuming the run", statistics.median(resume), "s"),
+        Figure("one reconfiguration of CIFAR's ResNet-50", surgery_s, "s"),
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,14 +150,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
+    add_option(parser)
     options = parser.parse_args(argv)
     figures = measure(options.model, options.side, options.batch, options.iterations, options.repeats)
-    if options.json:
-        print(json.dumps(figures, indent=2))
-    else:
-        for name, value in figures.items():
-            print(f"{name:26} {value if isinstance(value, str) else format(value, '.3f')}")
+    tell("training", figures, options.csv)
     return 0
 
 

@@ -286,6 +286,66 @@ def carried_over(root: Path) -> Figures:
     ]
 
 
+def benchmark(root: Path, name: str, start: str) -> pd.Series[float]:
+    """The values of a benchmark's figures whose names start so, by what follows in the name."""
+    rows = public("benchmarks", root)
+    rows = rows[(rows.benchmark == name) & rows.figure.str.startswith(start)]
+    if rows.empty:
+        raise ValueError(f"the benchmark {name} has no figure that starts with {start!r}")
+    return rows.set_index(rows.figure.str.removeprefix(start)).value
+
+
+def regulariser(root: Path) -> Figures:
+    """The penalty's share of a step."""
+    share = benchmark(root, "engine", "the penalty's gradient, ")["of the step"]
+    return [f"{share:.2f} %"]
+
+
+def reconfiguration(root: Path) -> Figures:
+    """The median of the turns."""
+    return [f"{benchmark(root, 'engine', 'one reconfiguration of ')['torchvision:resnet50']:.2f} s"]
+
+
+def dense_engine(root: Path) -> Figures:
+    """The median ratio of the turns, and the median time of either loop."""
+    ratio = benchmark(root, "training", "plain loop over ptsim, ")["the median ratio of 3 turns"]
+    loops = benchmark(root, "training", "20 iterations of resnet20 at mini-batch 128 on cpu, ")
+    return [
+        f"{ratio:.2f} times as fast",
+        f"({loops['ptsim']:.1f} s against {loops['plain loop']:.1f} s for 20 iterations)",
+    ]
+
+
+def recorder(root: Path) -> Figures:
+    """What the recorder adds to the least of the rounds."""
+    added = benchmark(root, "recorder", "the recorder adds to the least")
+    rounds = benchmark(root, "recorder", "a step without a recorder, CPU time, the least of ").index[0]
+    return [f"{added['']:.0f} µs, the least of {rounds}: {added[', share']:.2f} % of a step of 100 ms"]
+
+
+def simulator_symmetric(root: Path) -> Figures:
+    """Whole runs on equal GPUs, and link by link."""
+    every = benchmark(root, "simulator", "whole run of 182 epochs, ")
+    links = benchmark(root, "simulator", "the same link by link, GPUs: ")
+    return [f"{every.min():.2f} to {every.max():.2f} s", f"link by link {links['1024']:.2f} s at 1,024 GPUs"]
+
+
+def simulator_unequal(root: Path) -> Figures:
+    """A step of 1,024 GPUs, and the memory for 16,384."""
+    steps = benchmark(root, "simulator", "one step, simulated GPU by GPU, GPUs: ")
+    peak = benchmark(root, "simulator", "peak memory of a fresh process for GPUs: ")
+    return [f"{steps['1024']:.2f} s for 1,024 GPUs", f"{peak['16384']:.2f} GiB of memory for 16,384"]
+
+
+def sweep(root: Path) -> Figures:
+    """Its time, rate and speed-up on two processes."""
+    found = benchmark(root, "simulator", "a sweep of 10,000 configurations, processes: 2")
+    return [
+        f"{found['']:.0f} s on two processes: {found[', configurations a second']:.0f} a second, "
+        f"{found[', of 2 times one process']:.0f} % of twice one process"
+    ]
+
+
 CHECKS: dict[str, Callable[[Path], Figures]] = {
     "planned-saving": planned_saving,
     "macs": macs,
@@ -293,6 +353,13 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "peak-fp32": peak_fp32,
     "peak-bf16": peak_bf16,
     "exact-pruning": exact_pruning,
+    "regulariser": regulariser,
+    "reconfiguration": reconfiguration,
+    "dense-engine": dense_engine,
+    "recorder": recorder,
+    "simulator-symmetric": simulator_symmetric,
+    "simulator-unequal": simulator_unequal,
+    "sweep": sweep,
     "timm-families": timm_families,
     "planned-classifiers": planned_classifiers,
     "fits": fits,

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "analysis"))
@@ -10,15 +11,17 @@ import bench_engine
 
 
 def test_it_prints_ratios_and_the_flat_regulariser_needs_at_most_20_launches(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert (
-        bench_engine.main(["--model", "resnet20", "--batch", "2", "--repeats", "1", "--reconfigure", "resnet20"]) == 0
-    )
-    lines = dict(line.split(" = ") for line in capsys.readouterr().out.splitlines() if " = " in line)
-    launches = {key.rpartition(" ")[2]: float(value) for key, value in lines.items()}
-    assert launches["launches_gathered"] <= 20
-    assert launches["launches_per_tensor"] > launches["launches_gathered"]
+    table = tmp_path / "benchmarks.csv"
+    asked = ["--model", "resnet20", "--batch", "2", "--repeats", "1", "--reconfigure", "resnet20", "--csv", str(table)]
+    assert bench_engine.main(asked) == 0
+    kept = pd.read_csv(table).set_index("figure").value
+    assert kept["kernels of the penalty, gathered"] <= 20
+    assert kept["kernels of the penalty, per tensor"] > kept["kernels of the penalty, gathered"]
+    share = kept["the penalty's gradient"] / kept["a step of resnet20 at mini-batch 2"]
+    assert kept["the penalty's gradient, of the step"] == pytest.approx(100 * share)
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == list(kept.index)
 
 
 def test_the_survey_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ gradient is λ·w·(1/‖w_out‖ + 1/‖w_in‖): written by hand, without an a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal, NamedTuple
@@ -109,12 +110,14 @@ class GroupLasso:
         """
         amounts = per_weight(shrinkage, len(self.terms))
         for (layer, weight, inputs, outputs), amount in zip(self.terms, amounts, strict=True):
-            W = weight_GOIK(_wide(weight), layer)
-            for wanted, dims in ((inputs, (1, 3)), (outputs, (2, 3))):
+            W = _wide(weight)
+            for wanted, of_outputs in ((inputs, False), (outputs, True)):
                 if wanted:
-                    norms = W.square().sum(dims, keepdim=True).sqrt()
-                    W = W * (1 - amount / norms.clamp_min(torch.finfo(W.dtype).tiny)).clamp_min(0)
-            weight.copy_(_like_weight(W, layer, weight))
+                    norms = _channel_sums(_squares(W, layer), W, layer, outputs=of_outputs).sqrt_()
+                    shrunk = (1 - amount / norms.clamp_min_(torch.finfo(W.dtype).tiny)).clamp_min_(0)
+                    W.mul_(_over_kernels(shrunk, W))
+            if W is not weight:
+                weight.copy_(W)
 
     @classmethod
     def importance(cls, model: nn.Module, groups: ChannelGroups) -> Tensor:
@@ -145,32 +148,47 @@ def _like_weight(W_GOIK: Tensor, layer: Weighted, weight: Tensor) -> Tensor:
     return W_GOIK.reshape(*weight.shape[:2], *kernel)
 
 
-def _add_gradient(term: _Term, coefficient: float) -> None:
-    """λ·w·(1/‖w_in‖ + 1/‖w_out‖) of one weight.
+def _squares(weight: Tensor, layer: Weighted) -> Tensor:
+    """w² in the order of storage, as (groups, first axis per group, all the rest)."""
+    return _storage(weight).square().view(layer.groups, weight.shape[0] // layer.groups, -1)
 
-    Squares are summed in the order in which the weight is stored, first over whole rows: in another order, or over the
-    few elements of a kernel, a CPU takes many times as long.
+
+def _channel_sums(squares: Tensor, weight: Tensor, layer: Weighted, *, outputs: bool) -> Tensor:
+    """Σw² of every output or every input channel, as (groups, first axis per group or 1, second axis or 1).
+
+    Sums run in the order in which the weight is stored, and over whole rows first: in another order, or over the few
+    elements of a kernel, a CPU takes many times as long.
     """
-    layer, weight = term.layer, term.weight
-    first, second = weight.shape[:2]  # of a transposed convolution the inputs come first
-    squares = _storage(_wide(weight)).square().view(layer.groups, first // layer.groups, -1)
-    of_first = squares.sum(2)[:, :, None]
+    if outputs != layer.transposed:  # of a transposed convolution the inputs come first
+        return squares.sum(2, keepdim=True)
+    second = weight.shape[1]
     if _is_channels_last(weight):
-        of_second = squares.view(layer.groups, -1, second).sum(1)[:, None, :]
-    else:
-        of_second = squares.sum(1).view(layer.groups, second, -1).sum(2)[:, None, :]
+        return squares.view(layer.groups, -1, second).sum(1, keepdim=True)
+    return squares.sum(1).view(layer.groups, second, -1).sum(2)[:, None, :]
+
+
+def _over_kernels(factor: Tensor, weight: Tensor) -> Tensor:
+    """A factor of shape (groups, first axis per group or 1, second axis or 1) as one that the weight broadcasts."""
+    groups, _, second = factor.shape
+    if groups > 1:
+        factor = factor.expand(-1, weight.shape[0] // groups, -1)
+    return factor.reshape(-1, second, *[1] * (weight.ndim - 2))
+
+
+def _add_gradient(term: _Term, coefficient: float) -> None:
+    """λ·w·(1/‖w_in‖ + 1/‖w_out‖) of one weight."""
+    layer, weight = term.layer, term.weight
+    squares = _squares(_wide(weight), layer)
+    sums = [
+        _channel_sums(squares, weight, layer, outputs=of_outputs)
+        for wanted, of_outputs in ((term.inputs, False), (term.outputs, True))
+        if wanted
+    ]
     del squares
-    of_outputs, of_inputs = (of_second, of_first) if layer.transposed else (of_first, of_second)
-    factor: Tensor | None = None
-    for wanted, sums in ((term.inputs, of_inputs), (term.outputs, of_outputs)):
-        if wanted:
-            inverse = sums.add_(SMOOTHING).rsqrt_()
-            factor = inverse if factor is None else factor + inverse
-    if factor is not None:
+    if sums:
         assert weight.grad is not None, "made by the caller"
-        factor = factor.expand(layer.groups, first // layer.groups, second)
-        factor = factor.reshape(first, second, *[1] * (weight.ndim - 2)).to(weight.dtype)
-        weight.grad.addcmul_(weight, factor, value=coefficient)
+        factor = functools.reduce(torch.add, [square.add_(SMOOTHING).rsqrt_() for square in sums])
+        weight.grad.addcmul_(weight, _over_kernels(factor, weight).to(weight.dtype), value=coefficient)
 
 
 class _GatheredGradient:
