@@ -165,6 +165,10 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "recorded-vgg11-layers": partial(recorded_wide, folder=VGG11),
     "recorded-vgg11-long-steps": partial(recorded_steps, folder=VGG11, measured="by_layer_long"),
     "recorded-vgg11-long-layers": partial(recorded_early, folder=VGG11, measured="by_layer_long", numbers=(2, 3)),
+    "recorded-vgg11-channels-last-steps": partial(recorded_steps, folder=VGG11, measured="by_layer_channels_last"),
+    "recorded-vgg11-channels-last-layers": partial(
+        recorded_early, folder=VGG11, measured="by_layer_channels_last", numbers=(2, 3)
+    ),
     "recorded-resnet18-steps": partial(recorded_steps, folder=RESNET18),
     "recorded-resnet32-layers": partial(recorded_layers, run="prunetrain-r0.25", folder=RESNET32),
     "recorded-resnet32-steps": partial(recorded_steps, folder=RESNET32),

@@ -374,6 +374,7 @@ RESNET18, VGG11 = "cifar10-resnet18-64", "cifar10-vgg11"
 _SEEDS = {f"seed{seed}-prunetrain-r0.25": f"seed{seed}-dense" for seed in (2, 3)}
 _BATCH_128 = {"batch128-prunetrain-r0.25": "batch128-dense"}  # of VGG-11
 _BATCH_128_LONG = {"batch128-long-prunetrain-r0.25": "batch128-long-dense"}  # of VGG-11
+_CHANNELS_LAST = {"batch128-channels-last-prunetrain-r0.25": "batch128-channels-last-dense"}  # of VGG-11
 _FIRST = {"prunetrain-r0.25": "dense"}  # the first pair of ResNet-32 and of VGG-11
 _OWN_WORK = {
     "ResNet-32": (RESNET32, "prunetrain-r0.25"),
@@ -384,7 +385,7 @@ _PAIRS = (
     (RESNET20, "prunetrain-r0.2", "dense"),
     (RESNET20, "long-prunetrain-r0.2", "long-dense"),
     (VGG11, "prunetrain-r0.25", "dense"),
-    *((VGG11, run, beside) for run, beside in (_BATCH_128 | _BATCH_128_LONG).items()),
+    *((VGG11, run, beside) for run, beside in (_BATCH_128 | _BATCH_128_LONG | _CHANNELS_LAST).items()),
     (RESNET18, "prunetrain-r0.2", "dense"),
     (RESNET32, "prunetrain-r0.2", "dense-beside-r0.2"),
     *((RESNET32, run, beside) for run, beside in (_FIRST | _SEEDS).items()),
@@ -415,6 +416,15 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "recorded-vgg11-long-work": partial(own_work, runs={"VGG-11": (VGG11, "batch128-long-prunetrain-r0.25")}),
     "recorded-vgg11-long-unpruned": partial(unpruned_longer, pairs=_BATCH_128_LONG, folder=VGG11),
     "recorded-vgg11-long-widths": partial(pruned_widths, run="batch128-long-prunetrain-r0.25", folder=VGG11),
+    "recorded-vgg11-channels-last": partial(recorded_saving, pairs=_CHANNELS_LAST, folder=VGG11),
+    "recorded-vgg11-channels-last-pace": partial(recorded_pace, pairs=_CHANNELS_LAST, folder=VGG11),
+    "recorded-vgg11-channels-last-work": partial(
+        own_work, runs={"VGG-11": (VGG11, "batch128-channels-last-prunetrain-r0.25")}
+    ),
+    "recorded-vgg11-channels-last-unpruned": partial(unpruned_longer, pairs=_CHANNELS_LAST, folder=VGG11),
+    "recorded-vgg11-channels-last-widths": partial(
+        pruned_widths, run="batch128-channels-last-prunetrain-r0.25", folder=VGG11
+    ),
     "paper-accuracy": paper_accuracy,
     "paper-vgg11": partial(paper_vgg11, run="prunetrain-r0.25"),
     "recorded-resnet18": partial(recorded_saving, pairs={"prunetrain-r0.2": "dense"}, folder=RESNET18),

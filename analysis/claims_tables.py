@@ -190,6 +190,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "vgg11-long": partial(
         runs_table, folder="cifar10-vgg11", columns=_beside("batch128-long-dense", "batch128-long-prunetrain-r0.25")
     ),
+    "vgg11-channels-last": partial(
+        runs_table,
+        folder="cifar10-vgg11",
+        columns=_beside("batch128-channels-last-dense", "batch128-channels-last-prunetrain-r0.25"),
+    ),
     "resnet18": partial(runs_table, folder="cifar10-resnet18-64", columns=_pair("0.2")),
     "resnet32-recorded-layers": partial(
         layers_text,
