@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 Dimension = Literal["bytes", "bytes_per_s", "flops_per_s", "seconds", "hertz", "watts", "joules", "usd_per_hour"]
@@ -269,6 +269,11 @@ def listed(names: Sequence[str]) -> str:
     """Names in a sentence: "a", "a and b", "a, b and c"."""
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def in_turn(things: Iterable[object]) -> str:
+    """One after the other, each once: "1, then 4"."""
+    return ", then ".join(dict.fromkeys(map(str, things)))
 
 
 def some_of(names: Sequence[str], most: int = 3) -> str:
