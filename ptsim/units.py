@@ -8,6 +8,7 @@ within physical bounds: `msgspec.convert(…, dec_hook=read_quantity)`; `enc_hoo
 
 from __future__ import annotations
 
+import datetime
 import functools
 import math
 import re
@@ -263,6 +264,11 @@ def format_joules(value: float, like: float | None = None) -> str:
 def format_count(value: float, unit: str = "") -> str:
     """41_000_000, "MAC" → "41.0 MMAC"."""
     return format_quantity("macs", value, scales=_counts(unit))
+
+
+def time_stamp() -> str:
+    """Now, as every file of ptsim says when it was made: ISO 8601, UTC, "2026-11-22T13:00:00Z"."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def listed(names: Sequence[str]) -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import datetime
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +30,7 @@ from ptsim.units import (
     percent,
     read_quantity,
     shown_number,
+    time_stamp,
     together,
     write_quantity,
 )
@@ -316,3 +319,10 @@ def test_bounds_and_nothing_are_quantities_where_physics_allows_them(
 def test_what_physics_does_not_allow_is_refused(kind: type[Quantity], text: object, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         read_quantity(kind, text)
+
+
+def test_a_time_stamp_is_now_in_utc_to_the_second() -> None:
+    before = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    stamp = time_stamp()
+    assert stamp.endswith("Z")
+    assert before <= datetime.datetime.fromisoformat(stamp) <= datetime.datetime.now(datetime.UTC)

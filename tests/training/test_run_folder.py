@@ -262,6 +262,10 @@ def test_a_run_that_goes_on_with_other_ranks_or_another_torch_says_so(run, monke
     ]
 
 
+def test_a_recorded_run_says_when_it_began_as_planned_runs_and_profiles_do(run):
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", ptsim.read_trace(run).run.created)
+
+
 def test_a_hidden_file_among_the_checkpoints_is_left_alone(run):
     note = run / "checkpoints" / ".DS_Store"
     note.write_text("")
