@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptsim.units import (
+    GBIT,
+    KWH,
     Bytes,
     BytesPerSecond,
     Dimension,
@@ -326,3 +328,8 @@ def test_a_time_stamp_is_now_in_utc_to_the_second() -> None:
     stamp = time_stamp()
     assert stamp.endswith("Z")
     assert before <= datetime.datetime.fromisoformat(stamp) <= datetime.datetime.now(datetime.UTC)
+
+
+def test_the_units_that_are_counted_in_are_those_that_are_read() -> None:
+    assert (parse_quantity("1 Gbit/s", "bytes_per_s"), parse_quantity("1 kWh", "joules")) == (GBIT, KWH)
+    assert (GBIT, KWH) == (125_000_000, 3_600_000)

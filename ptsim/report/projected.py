@@ -33,8 +33,7 @@ from ptsim.trace.frames import numeric
 from ptsim.trace.pairs import Comparison, data_name, model_name, run_labels, setting_labels, task_of
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
-
-JOULES_PER_KWH = 3.6e6
+from ptsim.units import KWH
 
 
 class LabelledRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,7 +123,7 @@ class Projector:
         """The CO₂ of an energy; None where the energy or the grid is not known."""
         if joules is None or self.grid_grams_per_kwh is None:
             return None
-        return joules / JOULES_PER_KWH * self.grid_grams_per_kwh
+        return joules / KWH * self.grid_grams_per_kwh
 
 
 def labelled_runs(traces: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[LabelledRun]:
