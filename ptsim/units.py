@@ -284,6 +284,12 @@ def in_turn(things: Iterable[object]) -> str:
     return ", then ".join(dict.fromkeys(map(str, things)))
 
 
+def interval(low: str, high: str) -> str:
+    """Both ends of an interval, the unit once where it is the same: "6.72 to 7.43 min"."""
+    number, blank, unit = low.rpartition(" ")
+    return f"{number if blank and high.endswith(blank + unit) else low} to {high}"
+
+
 def some_of(names: Sequence[str], most: int = 3) -> str:
     """The first of many names: "a, b, c and others"."""
     return ", ".join(names[:most]) + (" and others" if len(names) > most else "")

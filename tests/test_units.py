@@ -27,6 +27,7 @@ from ptsim.units import (
     format_quantity,
     format_seconds,
     in_turn,
+    interval,
     listed,
     parse_quantity,
     percent,
@@ -333,3 +334,11 @@ def test_a_time_stamp_is_now_in_utc_to_the_second() -> None:
 def test_the_units_that_are_counted_in_are_those_that_are_read() -> None:
     assert (parse_quantity("1 Gbit/s", "bytes_per_s"), parse_quantity("1 kWh", "joules")) == (GBIT, KWH)
     assert (GBIT, KWH) == (125_000_000, 3_600_000)
+
+
+def test_an_interval_has_its_unit_once_where_both_ends_have_it() -> None:
+    assert [interval(low, high) for low, high in (("6.72 min", "7.43 min"), ("59.0 s", "1.10 min"), ("5%", "12%"))] == [
+        "6.72 to 7.43 min",
+        "59.0 s to 1.10 min",
+        "5% to 12%",
+    ]
