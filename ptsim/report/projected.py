@@ -18,7 +18,7 @@ from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import worst_tier
 from ptsim.costs.times import LayerTime
 from ptsim.costs.traffic import network_traffic
-from ptsim.hardware.catalog import is_called, load_device, measured_device
+from ptsim.hardware.catalog import is_called, load_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Cluster
 from ptsim.network import PRODUCTS, LayerKind, Network
@@ -98,11 +98,7 @@ class Projector:
 
     def step(self, trace: Trace, epoch: Epoch) -> StepTime:
         """The step that `epoch` trained, layer by layer, on this cluster's device."""
-        measurements = Measurements(
-            profiles=trace.profiles,
-            source_device=measured_device(trace.run.device.name, self.device),
-            device_profile=self.device_profile,
-        )
+        measurements = Measurements.of(trace, self.device, self.device_profile)
         network = trace.networks[epoch.architecture]
         return step_time(network, self.device, trace.setting_of(epoch), measurements=measurements)
 
