@@ -162,7 +162,7 @@ def _columns(trace: ptsim.Trace, label: str, setting: str) -> dict[str, Any]:
         "penalty_ratio": trace.penalty_ratio,
         "device": trace.run.device.name,
         "device_kind": trace.run.device.kind,
-        "num_gpus": trace.run.world_size,
+        "num_gpus": trace.epochs[0].world_size,
         "precision": str(trace.run.precision),
         "batch_per_gpu": trace.epochs[0].batch_per_gpu,
     }

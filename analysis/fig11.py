@@ -34,6 +34,7 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
             {
                 **names,
                 "batch_per_gpu": epoch.batch_per_gpu,
+                "num_gpus": epoch.world_size,
                 "epoch": epoch.epoch,
                 "bytes_fraction": m * u,
                 "fixed_batch_bytes_fraction": m,

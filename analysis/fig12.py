@@ -28,6 +28,7 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
             {
                 **names,
                 "batch_per_gpu": recorded[-1].batch_per_gpu,
+                "num_gpus": recorded[-1].world_size,
                 "epoch": recorded[-1].epoch,
                 "removed_channels": recorded[-1].architecture != trace.epochs[0].architecture,
                 "layer": density.layer,

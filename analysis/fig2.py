@@ -36,6 +36,7 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
             {
                 **names,
                 "batch_per_gpu": epoch.batch_per_gpu,
+                "num_gpus": epoch.world_size,
                 "epoch": epoch.epoch,
                 "flops_fraction": fraction,
                 "phase": min(PHASES * epoch.epoch // len(trace.epochs), PHASES - 1) + 1,

@@ -35,6 +35,7 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
                     {
                         **names,
                         "batch_per_gpu": epoch.batch_per_gpu,
+                        "num_gpus": epoch.world_size,
                         "layer": layer,
                         "epoch": epoch.epoch,
                         "channel": channel,

@@ -22,6 +22,7 @@ from ptsim.costs import nccl
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.spec import Cluster, LinkKind
 from ptsim.textfile import write_whole
+from ptsim.units import GBIT
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = ("LL", "LL128")
@@ -84,7 +85,7 @@ def cluster_of(run: pd.Series) -> Cluster:
     if inter is not None and run.inter_kind:
         inter = msgspec.structs.replace(inter, kind=LinkKind(run.inter_kind))
     if inter is not None and run.inter_gbit_per_s:
-        inter = msgspec.structs.replace(inter, bandwidth_bytes_per_s=float(run.inter_gbit_per_s) * 1e9 / 8)
+        inter = msgspec.structs.replace(inter, bandwidth_bytes_per_s=float(run.inter_gbit_per_s) * GBIT)
     return msgspec.structs.replace(cluster, inter=inter, gpus_per_node=int(run.gpus_per_node))
 
 

@@ -47,18 +47,35 @@ _OPS: dict[LayerKind, str] = {
         zeros_like getattr get_relative_position_bias patch_merging_pad""",
 }
 KIND_OF_OP = {op: kind for kind, ops in _OPS.items() for op in ops.split()}
-# What autocast runs in fp32 (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE and their CPU
-# sister, without losses), by the names under which Python calls them: on a GPU most reductions, exponentials and
-# normalisations, on a CPU next to nothing. BatchNorm and instance normalisation run in the type of their input on both.
-AUTOCAST_FP32_GPU = frozenset(
-    {"softmax", "log_softmax", "softmin", "gumbel_softmax", "softplus", "layer_norm", "group_norm", "rms_norm"}
-    | {"local_response_norm", "normalize", "norm", "vector_norm", "linalg_vector_norm", "matrix_norm"}
-    | {"linalg_norm", "linalg_matrix_norm", "__rdiv__", "erfinv"}
-    | {"cosine_similarity", "pairwise_distance", "cdist", "dist", "logsumexp", "sum", "cumsum", "cumprod", "prod"}
-    | {"pow", "__pow__", "__rpow__", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt"}
-    | {"acos", "asin", "cosh", "sinh", "tan", "interpolate", "upsample", "upsample_nearest", "upsample_bilinear"}
-)
-AUTOCAST_FP32_CPU = frozenset({"avg_pool3d", "grid_sample", "prod"})
+# What autocast runs in fp32, by the names under which Python calls it: on a GPU most reductions, exponentials and
+# normalisations, on a CPU volumes, padding that mirrors or repeats, and linear algebra. First torch's own lists without
+# losses and without what gives complex numbers (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32,
+# AT_FORALL_FP32_SET_OPT_DTYPE and `norm`; autocast_mode.cpp, AutocastCPU), then what is made of these operators.
+# BatchNorm and instance normalisation run in the type of their input on both.
+_FP32_ON_GPU = """
+    acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow softplus
+    layer_norm native_layer_norm rms_norm group_norm norm frobenius_norm nuclear_norm cosine_similarity
+    dist pdist cdist renorm logsumexp prod softmax log_softmax cumprod cumsum sum linalg_vector_norm linalg_matrix_norm
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d
+    upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+    _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+
+    __pow__ __rpow__ __rdiv__ softmin gumbel_softmax normalize local_response_norm pairwise_distance vector_norm
+    matrix_norm linalg_norm lp_pool1d lp_pool2d lp_pool3d interpolate upsample upsample_nearest upsample_bilinear
+"""
+AUTOCAST_FP32_GPU = frozenset(_FP32_ON_GPU.split())
+_FP32_ON_CPU = """
+    avg_pool3d max_pool3d adaptive_avg_pool3d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d
+    max_unpool2d max_unpool3d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d replication_pad3d
+    grid_sampler grid_sampler_2d grid_sampler_3d cdist prod trace quantile nanquantile fake_quantize_per_tensor_affine
+    cholesky cholesky_inverse cholesky_solve inverse pinverse lu_solve orgqr ormqr geqrf qr svd triangular_solve
+    linalg_cond linalg_matrix_rank linalg_solve linalg_cholesky linalg_cholesky_ex linalg_svdvals linalg_svd
+    linalg_eigvalsh linalg_eigh linalg_inv linalg_inv_ex linalg_householder_product linalg_tensorinv linalg_tensorsolve
+    linalg_qr linalg_lstsq
+
+    grid_sample lp_pool3d local_response_norm
+"""
+AUTOCAST_FP32_CPU = frozenset(_FP32_ON_CPU.split())
 TORCH_LIBRARIES = "aten", "prims"  # under these names torch registers its own operators
 # Spellings of one operator: the left one becomes the right one.
 _SPELLING = {

@@ -8,15 +8,18 @@ within physical bounds: `msgspec.convert(…, dec_hook=read_quantity)`; `enc_hoo
 
 from __future__ import annotations
 
+import datetime
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 Dimension = Literal["bytes", "bytes_per_s", "flops_per_s", "seconds", "hertz", "watts", "joules", "usd_per_hour"]
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
+GBIT = 1e9 / 8  # bytes: what links of networks are given in, by the second
+KWH = 3.6e6  # joules
 
 _DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
@@ -30,7 +33,7 @@ _UNITS: dict[Dimension, dict[str, float]] = {
     "seconds": {p + "s": f for p, f in _SMALL.items()} | {"min": 60.0, "h": 3600.0},
     "hertz": {p + "Hz": f for p, f in _DECIMAL.items()},
     "watts": {"W": 1.0, "kW": 1e3, "mW": 1e-3},
-    "joules": {"J": 1.0, "kJ": 1e3, "MJ": 1e6, "Wh": 3600.0, "kWh": 3.6e6},
+    "joules": {"J": 1.0, "kJ": 1e3, "MJ": 1e6, "Wh": 3600.0, "kWh": KWH},
     "usd_per_hour": {"USD/h": 1.0},
 }
 
@@ -169,8 +172,8 @@ SCALES: Mapping[str, tuple[Scale, ...]] = {
         ("PiB", 2.0**50), ("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)
     ),
     "joules": (
-        *_scales(("MWh", 3.6e9)),
-        Scale(unit="kWh", factor=3.6e6, least=3.6e5),  # from a tenth of one on: that is what one pays for
+        *_scales(("MWh", 1e3 * KWH)),
+        Scale(unit="kWh", factor=KWH, least=KWH / 10),  # from a tenth of one on: that is what one pays for
         *_scales(("kJ", 1e3), ("J", 1.0)),
     ),
     "macs": _counts("MAC"),
@@ -265,10 +268,26 @@ def format_count(value: float, unit: str = "") -> str:
     return format_quantity("macs", value, scales=_counts(unit))
 
 
+def time_stamp() -> str:
+    """Now, as every file of ptsim says when it was made: ISO 8601, UTC, "2026-11-22T13:00:00Z"."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def listed(names: Sequence[str]) -> str:
     """Names in a sentence: "a", "a and b", "a, b and c"."""
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def in_turn(things: Iterable[object]) -> str:
+    """One after the other, each once: "1, then 4"."""
+    return ", then ".join(dict.fromkeys(map(str, things)))
+
+
+def interval(low: str, high: str) -> str:
+    """Both ends of an interval, the unit once where it is the same: "6.72 to 7.43 min"."""
+    number, blank, unit = low.rpartition(" ")
+    return f"{number if blank and high.endswith(blank + unit) else low} to {high}"
 
 
 def some_of(names: Sequence[str], most: int = 3) -> str:

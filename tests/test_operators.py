@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from ptsim.network import LayerKind
-from ptsim.operators import DIFFERENCES, KIND_OF_OP, SUMS, hands_on, plain_name, registered_by
+from ptsim.operators import (
+    AUTOCAST_FP32_CPU,
+    AUTOCAST_FP32_GPU,
+    DIFFERENCES,
+    KIND_OF_OP,
+    SUMS,
+    hands_on,
+    plain_name,
+    registered_by,
+)
 
 
 @pytest.mark.parametrize(
@@ -65,3 +81,72 @@ def test_an_operand_gets_the_gradient_itself_where_torch_makes_no_tensor_for_it(
 )
 def test_an_operator_belongs_to_the_library_that_registered_it(function: object, library: str | None) -> None:
     assert registered_by(function) == library
+
+
+def listed_by_torch(policy: str) -> set[str]:
+    """The operators under a macro of the header in which torch lists what a GPU's autocast does."""
+    header = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
+    lines = itertools.takewhile(str.strip, header.read_text().partition(f"#define {policy}(_)")[2].splitlines())
+    return set(re.findall(r"_\((\w+)", "\n".join(lines)))
+
+
+def is_loss(name: str) -> bool:
+    return "loss" in name or name in ("kl_div", "binary_cross_entropy", "binary_cross_entropy_with_logits")
+
+
+def test_on_a_gpu_autocast_runs_in_fp32_what_torch_lists() -> None:
+    listed = listed_by_torch("AT_FORALL_FP32") | listed_by_torch("AT_FORALL_FP32_SET_OPT_DTYPE")
+    assert {"cdist", "softmax"} <= listed
+    assert {name for name in listed if not is_loss(name)} <= AUTOCAST_FP32_GPU
+    others = listed_by_torch("AT_FORALL_LOWER_PRECISION_FP") | listed_by_torch("AT_FORALL_PROMOTE")
+    assert {"conv2d", "grid_sampler"} <= others
+    assert not others & AUTOCAST_FP32_GPU
+
+
+NARROWED_ON_CPU = """
+    conv1d conv2d conv3d bmm mm linalg_vecdot baddbmm addmm _addmm_activation addbmm linear _convolution matmul conv_tbc
+    mkldnn_rnn_layer conv_transpose1d conv_transpose2d conv_transpose3d prelu scaled_dot_product_attention
+    _native_multi_head_attention
+"""
+WIDEST_ON_CPU = "stack cat index_copy"
+COMPLEX_OR_INNER = "polar stft view_as_complex linalg_eig linalg_eigvals _grid_sampler_2d_cpu_fallback _lu_with_info"
+
+
+def test_on_a_cpu_autocast_runs_in_fp32_what_torch_has_registered() -> None:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")]
+    registered = {name[6:].partition(".")[0] for name in names if has_kernel(name, "AutocastCPU")}
+    assert {"cdist", "conv2d"} <= registered
+    others = " ".join((NARROWED_ON_CPU, WIDEST_ON_CPU, COMPLEX_OR_INNER)).split()
+    wide = {name for name in registered.difference(others) if not is_loss(name) and not name.startswith("fft_")}
+    made_of_them = {"grid_sample", "lp_pool3d", "local_response_norm"}
+    assert wide == AUTOCAST_FP32_CPU - made_of_them
+
+
+MAPS = torch.rand(2, 8, 8, 8)
+VOLUMES = torch.rand(2, 2, 4, 4, 4)
+CALLS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "avg_pool3d": lambda x: F.avg_pool3d(x, 2),
+    "max_pool3d": lambda x: F.max_pool3d(x, 2),
+    "adaptive_avg_pool3d": lambda x: F.adaptive_avg_pool3d(x, 1),
+    "adaptive_max_pool3d": lambda x: F.adaptive_max_pool3d(x, 1),
+    "lp_pool3d": lambda x: F.lp_pool3d(x, 2, 2),
+    "avg_pool2d": lambda x: F.avg_pool2d(x, 2),
+    "lp_pool2d": lambda x: F.lp_pool2d(x, 2, 2),
+    "reflection_pad2d": nn.ReflectionPad2d(1),
+    "replication_pad2d": nn.ReplicationPad2d(1),
+    "local_response_norm": nn.LocalResponseNorm(2),
+    "cdist": lambda x: torch.cdist(x, x),
+    "prod": lambda x: torch.prod(x, 1),
+    "softmax": lambda x: x.softmax(1),
+    "layer_norm": lambda x: F.layer_norm(x, (8,)),
+    "sum": lambda x: x.sum(1),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_cpus_autocast_gives_the_width_that_the_list_says(op: str) -> None:
+    given = (VOLUMES if op.endswith("3d") else MAPS).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = CALLS[op](given)
+    assert (result.dtype is torch.float32) == (op in AUTOCAST_FP32_CPU)

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import datetime
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ptsim.units import (
+    GBIT,
+    KWH,
     Bytes,
     BytesPerSecond,
     Dimension,
@@ -22,11 +26,14 @@ from ptsim.units import (
     format_peak,
     format_quantity,
     format_seconds,
+    in_turn,
+    interval,
     listed,
     parse_quantity,
     percent,
     read_quantity,
     shown_number,
+    time_stamp,
     together,
     write_quantity,
 )
@@ -245,6 +252,7 @@ def test_names_and_counts_in_a_sentence():
     assert [listed(["a", "b", "c"][:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
     assert [counted(n, "epoch") for n in (0, 1, 2000)] == ["0 epochs", "1 epoch", "2,000 epochs"]
     assert counted(2, "GPU is", "GPUs are") == "2 GPUs are"
+    assert (in_turn([1, 4, 1]), in_turn([2])) == ("1, then 4", "2")
 
 
 @pytest.mark.parametrize(
@@ -314,3 +322,23 @@ def test_bounds_and_nothing_are_quantities_where_physics_allows_them(
 def test_what_physics_does_not_allow_is_refused(kind: type[Quantity], text: object, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         read_quantity(kind, text)
+
+
+def test_a_time_stamp_is_now_in_utc_to_the_second() -> None:
+    before = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    stamp = time_stamp()
+    assert stamp.endswith("Z")
+    assert before <= datetime.datetime.fromisoformat(stamp) <= datetime.datetime.now(datetime.UTC)
+
+
+def test_the_units_that_are_counted_in_are_those_that_are_read() -> None:
+    assert (parse_quantity("1 Gbit/s", "bytes_per_s"), parse_quantity("1 kWh", "joules")) == (GBIT, KWH)
+    assert (GBIT, KWH) == (125_000_000, 3_600_000)
+
+
+def test_an_interval_has_its_unit_once_where_both_ends_have_it() -> None:
+    assert [interval(low, high) for low, high in (("6.72 min", "7.43 min"), ("59.0 s", "1.10 min"), ("5%", "12%"))] == [
+        "6.72 to 7.43 min",
+        "59.0 s to 1.10 min",
+        "5% to 12%",
+    ]

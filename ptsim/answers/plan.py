@@ -5,7 +5,6 @@ The entry point of `ptsim.plan` and `ptsim plan`.
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from ptsim.trace.schema import (
     gone_share,
 )
 from ptsim.trace.trace import Trace, product_sizes
-from ptsim.units import listed
+from ptsim.units import listed, time_stamp
 
 if TYPE_CHECKING:
     from ptsim.prune.trajectories.build import Dense, Step
@@ -391,7 +390,7 @@ def _run(asked: _Asked, trajectory: Trajectory) -> Run:
 
     return Run(
         schema_version=SCHEMA_VERSION,
-        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=time_stamp(),
         model=asked.model,
         dataset=Dataset(
             name=asked.dataset,

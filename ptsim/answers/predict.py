@@ -18,12 +18,11 @@ from ptsim.costs.scaling import among, contention_of, hook_seconds
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import Tier, worst_tier
 from ptsim.errors import UsageError
-from ptsim.hardware.catalog import load_cluster, load_device, measured_device, profiled_device
+from ptsim.hardware.catalog import load_cluster, load_device, profiled_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
-from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import PrecisionName, Sharding, StepSetting, check_options, parse_sharding
 from ptsim.sim import ddp
 from ptsim.sim.bounded import BoundedStep, SecondsRange, data_parallel_step
@@ -167,7 +166,8 @@ def predict(
         num_gpus=1 if machine is None else (machine.gpus_per_node if gpus is None else gpus),
     )
     setting = msgspec.structs.replace(setting, sharding=sharding)
-    step = step_time(subject.network, device, setting, measurements=_measurements(subject, device, calibrated))
+    known = Measurements.of(subject.trace, device, calibrated)
+    step = step_time(subject.network, device, setting, measurements=known)
     parallel: BoundedStep | None = None
     network_tier = None
     if machine is not None and setting.data_parallel:
@@ -279,23 +279,6 @@ def _device(gpu: str | Path | Device | None, cluster: Cluster | None, calibrated
             hint="ptsim devices lists the catalog; --profile stands for the device that it was measured on",
         )
     return profiled_device(calibrated)
-
-
-def _measurements(subject: Subject, device: Device, calibrated: DeviceProfile | None) -> Measurements:
-    """What the subject's trace and the device profile measured."""
-    if subject.trace is None:
-        return Measurements(device_profile=calibrated)
-    trace = subject.trace
-    source = measured_device(trace.run.device.name, device)
-    # What an update of another package moves is not known where an older trace does not tell.
-    known = trace.told_update is not None or trace.optimizer in OPTIMIZERS.names()
-    return Measurements(
-        profiles=trace.profiles,
-        source_device=source,
-        optimizer=trace.optimizer if known else None,
-        momentum=trace.momentum,
-        device_profile=calibrated,
-    )
 
 
 def _by_kind(step: StepTime) -> tuple[KindTime, ...]:

@@ -48,6 +48,7 @@ class EpochCheck(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     architecture: str
     batch_per_gpu: int
+    num_gpus: int
     tier: str
     measured_seconds: float
     predicted_seconds: float
@@ -409,6 +410,7 @@ def _check_epoch(
         epoch=epoch.epoch,
         architecture=epoch.architecture,
         batch_per_gpu=epoch.batch_per_gpu,
+        num_gpus=epoch.world_size,
         tier=step.tier,
         measured_seconds=epoch.time.wall_s,
         predicted_seconds=predicted_s,

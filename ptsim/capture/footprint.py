@@ -29,13 +29,17 @@ from ptsim.capture.graph import output_tensors
 from ptsim.capture.hollow import NoArithmetic
 from ptsim.capture.kept import KeptStorages
 from ptsim.capture.looking import let_hooks_look
-from ptsim.network import ALLOCATOR_BLOCK, Footprint, Moment
-from ptsim.operators import AUTOCAST_FP32_GPU
+from ptsim.network import ALLOCATOR_BLOCK, Footprint, LayerKind, Moment
+from ptsim.operators import AUTOCAST_FP32_CPU, AUTOCAST_FP32_GPU, KIND_OF_OP
 
 _BATCHES = (2, 3)
 _LARGEST = 2**20  # mini-batches beyond it are nobody's
 _WIDEST_ON_GPU = frozenset({"grid_sample", "grid_sampler"})  # of its operands (AT_FORALL_PROMOTE); on a CPU fp32
 _WIDER_ON_GPU = AUTOCAST_FP32_GPU | _WIDEST_ON_GPU
+# Pools and padding that a CPU alone runs in fp32. What else is on its list, a GPU cannot do in half precision.
+_AS_GIVEN_ON_GPU = frozenset(
+    op for op in AUTOCAST_FP32_CPU - _WIDER_ON_GPU if KIND_OF_OP.get(op) in (LayerKind.POOL, LayerKind.RESHAPE)
+)
 _VECTOR = 16  # channels of oneDNN's blocked layout with AVX-512
 
 
@@ -206,10 +210,12 @@ class _LikeGpu(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if self._half and name in _WIDER_ON_GPU and torch.is_autocast_enabled("cpu"):
+        wider = name in _WIDER_ON_GPU
+        if self._half and (wider or _as_given_on_gpu(name, kwargs)) and torch.is_autocast_enabled("cpu"):
             self.bent = True
-            wider = _full_width if name in AUTOCAST_FP32_GPU else _as_wide_as(output_tensors((args, kwargs)))
-            args, kwargs = pytree.tree_map_only(Tensor, wider, (args, kwargs))
+            if wider:
+                width = _full_width if name in AUTOCAST_FP32_GPU else _as_wide_as(output_tensors((args, kwargs)))
+                args, kwargs = pytree.tree_map_only(Tensor, width, (args, kwargs))
             with torch.autocast("cpu", enabled=False):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
@@ -227,6 +233,10 @@ class _LikeGpu(TorchFunctionMode):
         if dropout_p > 0:  # inside the fused kernel: nothing is kept for it
             self.bent = True
         return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, **more)
+
+
+def _as_given_on_gpu(name: str, kwargs: dict[str, Any]) -> bool:
+    return name in _AS_GIVEN_ON_GPU or (name == "pad" and kwargs.get("mode", "constant") != "constant")
 
 
 def _full_width(tensor: Tensor) -> Tensor:

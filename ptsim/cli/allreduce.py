@@ -11,7 +11,7 @@ from ptsim.cli.options import Json
 from ptsim.cli.reading import parse_bytes
 from ptsim.costs.collectives import all_reduce, nodes_for
 from ptsim.hardware.catalog import load_cluster
-from ptsim.units import format_bytes, format_seconds
+from ptsim.units import format_bytes, format_seconds, interval
 
 
 def allreduce(
@@ -54,7 +54,7 @@ def allreduce(
         return
     console = stdout_console()
     console.print(
-        f"{format_seconds(result.seconds)} ({format_seconds(result.low_s)} to {format_seconds(result.high_s)}) "
+        f"{format_seconds(result.seconds)} ({interval(format_seconds(result.low_s), format_seconds(result.high_s))}) "
         f"for {format_bytes(size)} over {gpus} GPUs on {nodes_for(place, gpus)} node(s) of {place.name}"
     )
     console.print(

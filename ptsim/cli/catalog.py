@@ -13,7 +13,7 @@ from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.options import Json
 from ptsim.hardware.catalog import cluster_names, device_aliases, device_names, load_cluster, load_device
 from ptsim.network import Precision
-from ptsim.units import GIB, shown_number
+from ptsim.units import GBIT, GIB, shown_number
 
 JsonWithSources = Annotated[Json, Parameter(help="One JSON document with every number's source.")]
 
@@ -60,7 +60,7 @@ def clusters(*, json: JsonWithSources = False) -> None:
             entry.intra.name,
             f"{entry.intra.bandwidth_bytes_per_s / 1e9:.4g}",
             inter.name if inter else "–",
-            f"{inter.bandwidth_bytes_per_s * 8e-9:.4g}" if inter else "–",
+            f"{inter.bandwidth_bytes_per_s / GBIT:.4g}" if inter else "–",
             "–" if price is None else shown_number("usd", price),
         )
     table.caption = "GPUs and Gbit/s per node; one direction; USD/h: list price of a GPU; --json adds days and sources"

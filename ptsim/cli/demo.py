@@ -23,7 +23,7 @@ from ptsim.trace.io import read_trace
 from ptsim.trace.schema import Epoch
 from ptsim.trace.stretch import stretch
 from ptsim.trace.trace import Trace
-from ptsim.units import format_bytes, format_count, format_seconds
+from ptsim.units import format_bytes, format_count, format_seconds, interval
 
 if TYPE_CHECKING:
     from ptsim.report.build import Report
@@ -243,6 +243,6 @@ def _projection(savings: pd.DataFrame) -> Table:
             format_seconds(row["dense_seconds"]),
             format_seconds(row["pruned_seconds"]),
             f"{row['saved_fraction']:.0%}",
-            f"{row['saved_fraction_low']:.0%} to {row['saved_fraction_high']:.0%}",
+            interval(f"{row['saved_fraction_low']:.0%}", f"{row['saved_fraction_high']:.0%}"),
         )
     return table

@@ -14,7 +14,7 @@ from ptsim.cli.common import print_json, stdout_console, users_code
 from ptsim.cli.options import Json, NetworkOptions, OptimizerOfTrace, Profile
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName, Sharding
-from ptsim.units import format_bytes, format_joules, format_seconds
+from ptsim.units import format_bytes, format_joules, format_seconds, interval
 
 
 def predict(
@@ -76,10 +76,11 @@ def _print(p: Prediction) -> None:
     console = stdout_console(highlight=False)
     where = f"{p.gpus} × {p.device}" + (f" of {p.cluster}" if p.cluster else "")
     console.print(f"{p.model} on {where}: mini-batch {p.batch} per GPU, {p.precision}, {p.memory_format}")
+    rates = interval(f"{p.low_images_per_second:.4g}", f"{p.high_images_per_second:.4g}")
+    times = interval(format_seconds(p.low), format_seconds(p.high))
     console.print(
-        f"{p.images_per_second:.4g} images/s "
-        f"({p.low_images_per_second:.4g}–{p.high_images_per_second:.4g}, 90 %), "
-        f"{format_seconds(p.step_seconds)} per step ({format_seconds(p.low)}–{format_seconds(p.high)}); tier: {p.tier}"
+        f"{p.images_per_second:.4g} images/s ({rates}, 90 %), "
+        f"{format_seconds(p.step_seconds)} per step ({times}); tier: {p.tier}"
         + (f", network: {p.network_tier}" if p.network_tier else "")
         + ("" if p.mfu_fraction is None else f"; MFU {p.mfu_fraction:.1%}")
     )
@@ -98,7 +99,7 @@ def _print(p: Prediction) -> None:
     fits = "fits" if p.fits else "does not fit"
     console.print(f"peak memory {format_bytes(p.peak_memory_bytes)}: {fits} {format_bytes(p.memory_bytes)}")
     if p.energy_joules is not None and p.low_energy_joules is not None and p.high_energy_joules is not None:
-        low, high = format_joules(p.low_energy_joules), format_joules(p.high_energy_joules)
-        console.print(f"energy {format_joules(p.energy_joules)} per step ({low}–{high}, 90 %)")
+        joules = interval(format_joules(p.low_energy_joules), format_joules(p.high_energy_joules))
+        console.print(f"energy {format_joules(p.energy_joules)} per step ({joules}, 90 %)")
     for note in p.notes:
         console.print(f"note: {note}")

@@ -27,7 +27,7 @@ from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, change, project
 from ptsim.textfile import check_folder_writable
 from ptsim.trace.trace import planned_mark
-from ptsim.units import MIB, format_bytes, format_joules, format_seconds, shown_number
+from ptsim.units import MIB, format_bytes, format_joules, format_seconds, interval, shown_number
 
 _NAMED = ("mixed_devices", "link_bandwidth", "link_latency_s")  # options whose parts are names of devices or links
 _AS_RECORDED = Options()
@@ -206,7 +206,7 @@ def _print_tables(projections: list[RunProjection]) -> None:
             time.add_row(
                 f"{p.gpus:,}",
                 format_seconds(p.total_s),
-                interval(p.low_s, p.high_s),
+                interval(format_seconds(p.low_s), format_seconds(p.high_s)),
                 format_seconds(p.compute_s),
                 format_seconds(p.exposed_communication_s),
                 *([format_seconds(p.input_wait_s)] if waits else []),
@@ -233,10 +233,3 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
-
-
-def interval(low_s: float, high_s: float) -> str:
-    """Both ends, the unit once where it is the same: "6.72 – 7.43 min"."""
-    low, high = format_seconds(low_s), format_seconds(high_s)
-    number, unit = low.split(" ")
-    return f"{number} – {high}" if high.endswith(f" {unit}") else f"{low} – {high}"

@@ -21,11 +21,10 @@ from ptsim.answers.study import read_study
 from ptsim.answers.sweep import MANY, Progress, die_with_parent, forget, run_study
 from ptsim.cli.common import print_json, progress_console, say, stdout_console
 from ptsim.cli.options import Json
-from ptsim.cli.simulate import interval
 from ptsim.errors import UsageError
 from ptsim.trace.io import trace_name
 from ptsim.trace.trace import planned_mark
-from ptsim.units import format_seconds
+from ptsim.units import format_seconds, interval
 
 SHOWN = 200  # rows of the table; all are in the file
 
@@ -129,7 +128,7 @@ def _print_table(rows: list[dict[str, Any]], options: Collection[str]) -> None:
             row["cluster"],
             f"{row['gpus']:,}",
             format_seconds(row["total_seconds"]),
-            interval(row["low_seconds"], row["high_seconds"]),
+            interval(format_seconds(row["low_seconds"]), format_seconds(row["high_seconds"])),
             row["tier"],
         )
     console.print(table)

@@ -19,7 +19,7 @@ from ptsim.cli.options import Json, Profile
 from ptsim.errors import UsageError
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName
-from ptsim.units import format_bytes, format_joules, format_seconds
+from ptsim.units import format_bytes, format_joules, format_seconds, interval
 
 
 @Parameter(name="*")
@@ -122,7 +122,7 @@ def _validate_mllog(log: Path, options: MlPerfOptions, cluster: str | None, *, j
 
 def _ends(found: MllogCheck | EpochCheck | RunCheck) -> str:
     """Both ends of the predicted time's interval."""
-    return f"{format_seconds(found.low_seconds)} – {format_seconds(found.high_seconds)}"
+    return interval(format_seconds(found.low_seconds), format_seconds(found.high_seconds))
 
 
 def _run_table(run: RunCheck) -> Table:

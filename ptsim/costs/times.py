@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import msgspec
 
+from ptsim.hardware.catalog import measured_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Device
 from ptsim.network import PRODUCTS, LayerKind
-from ptsim.optimizers import kind_of
+from ptsim.optimizers import OPTIMIZERS, kind_of
 from ptsim.setting import StepSetting
 from ptsim.trace.schema import Profile
+from ptsim.trace.trace import Trace
 
 Z90 = 1.645  # standard deviations from the mean to either end of the middle 90 % of a normal distribution
 SUM_ACCESSES = 3  # values that the sum of two gradients moves for every parameter: two are read, one is written
@@ -137,6 +139,21 @@ class Measurements(msgspec.Struct, frozen=True, kw_only=True):
     optimizer: str | None = None
     momentum: float | None = None
     device_profile: DeviceProfile | None = None
+
+    @classmethod
+    def of(cls, trace: Trace | None, device: Device, device_profile: DeviceProfile | None = None) -> Measurements:
+        """What a run and a device profile measured, for steps on `device`, which may be the one that the run had."""
+        if trace is None:
+            return cls(device_profile=device_profile)
+        # What an update of another package moves is not known where an older trace does not tell.
+        known = trace.told_update is not None or trace.optimizer in OPTIMIZERS.names()
+        return cls(
+            profiles=trace.profiles,
+            source_device=measured_device(trace.run.device.name, device),
+            optimizer=trace.optimizer if known else None,
+            momentum=trace.momentum,
+            device_profile=device_profile,
+        )
 
     def ran(self, setting: StepSetting) -> StepSetting:
         """`setting` with the update that the profiles' steps had."""

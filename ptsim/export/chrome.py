@@ -20,6 +20,7 @@ from ptsim.network import Network
 from ptsim.textfile import printable, write_whole
 from ptsim.trace.schema import Profile
 from ptsim.trace.trace import Trace
+from ptsim.units import in_turn
 
 COMPUTE_STREAM, COMMUNICATION_STREAM = 7, 20  # the numbers that PyTorch's own traces usually show
 PHASES = 0  # the thread of annotations: steps and phases
@@ -131,12 +132,14 @@ def profile_timeline(trace: Trace) -> Timeline:
     timeline = Timeline(
         device_name=trace.run.device.name,
         memory_bytes=trace.run.device.memory_bytes,
-        world_size=trace.run.world_size,
+        world_size=max(trace.world_sizes),
     )
     for pid, profile in enumerate(trace.profiles):
         of = profile.architecture, profile.batch
-        epochs = [e.epoch for e in trace.epochs if (e.architecture, trace.setting_of(e).pass_batch) == of]
-        span = f"epochs {epochs[0]} to {epochs[-1]}" if epochs else "not trained"
+        epochs = [e for e in trace.epochs if (e.architecture, trace.setting_of(e).pass_batch) == of]
+        span = f"epochs {epochs[0].epoch} to {epochs[-1].epoch}" if epochs else "not trained"
+        if epochs and len(trace.world_sizes) > 1:
+            span += f", ranks: {in_turn(epoch.world_size for epoch in epochs)}"
         timeline.process(pid, f"{trace.run.model} {profile.architecture}, mini-batch {profile.batch}, {span}")
         _add_profile(timeline, pid, profile, trace.networks[profile.architecture])
     return timeline

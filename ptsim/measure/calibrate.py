@@ -13,7 +13,6 @@ the one that had the slow minute would look too slow.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import itertools
 import math
@@ -50,6 +49,7 @@ from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.trace.pace import changes, input_s_per_image, reconfiguration_s
 from ptsim.trace.trace import Trace
+from ptsim.units import time_stamp
 
 MakeRegularizer = Callable[[nn.Module, tuple[int, int, int]], Callable[[], object]]
 Progress = Callable[[str, float], None]  # what is being measured, fraction of the time that has passed
@@ -214,7 +214,7 @@ def _begin(out: Path, device: torch.device, traces: Sequence[Trace], resume: boo
         raise FileFormatError(out, "its folder does not exist")
     kind, memory_bytes = info.must_exist()
     return DeviceProfile(
-        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=time_stamp(),
         complete=False,
         device=info.name,
         kind=kind,

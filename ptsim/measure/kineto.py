@@ -15,7 +15,6 @@ Source of the format: see `kineto_events`.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import itertools
 import os
 import re
@@ -45,7 +44,7 @@ from ptsim.measure.kineto_events import Recording, read_recording
 from ptsim.measure.kineto_steps import UPDATE_MARK, Call, Step, read_steps
 from ptsim.network import LayerKind, MemoryFormat, Precision
 from ptsim.operators import KIND_OF_OP
-from ptsim.units import GIB
+from ptsim.units import GIB, time_stamp
 
 T = TypeVar("T")
 UNKNOWN = "unknown"  # architecture of a step whose network nobody named
@@ -247,7 +246,7 @@ def _profile(
 ) -> DeviceProfile:
     """What the recordings say of their device."""
     return DeviceProfile(
-        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=time_stamp(),
         complete=True,
         device=driver_name,
         kind="cuda" if recordings[0].on_gpu else "cpu",

@@ -348,7 +348,8 @@ def _collapses(comparison: Comparison) -> Iterator[str]:
     if accuracy < known:
         found = f"with an accuracy of {percent(accuracy)} its network hardly does better than guessing"
         if comparison.trained and dense.final_accuracy is not None and dense.final_accuracy < known:
-            yield f"{found}, and so does the dense one with {percent(dense.final_accuracy)}: neither run has learned much"
+            theirs = percent(dense.final_accuracy)
+            yield f"{found}, and so does the dense one with {theirs}: neither run has learned much"
         else:
             yield f"{found}, so what it saves is of no use"
 

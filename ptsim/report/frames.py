@@ -44,7 +44,7 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     `measured_seconds` sums the training epochs without validation; reconfigurations are counted apart. `energy_joules`
     is of one GPU, the one whose process recorded. `last_*` are of the network that the run ended with, a
     reconfiguration after the last epoch included, and so is `final_accuracy` except where `judged` is False: the run
-    stopped between that reconfiguration and its validation.
+    stopped between that reconfiguration and its validation. `num_gpus` and `first_*` are those of the first epoch.
     """
     rows = []
     for label, setting, trace in _named(traces):
@@ -65,7 +65,7 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                 "penalty_ratio": trace.penalty_ratio,
                 "pruned": trace.is_pruned,
                 "device": device_name(trace),
-                "num_gpus": run.world_size,
+                "num_gpus": trace.world_sizes[0],
                 "precision": str(run.precision),
                 "memory_format": run.memory_format,
                 "seed": run.seed,
@@ -126,11 +126,11 @@ def costs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
 
 
 def trained_architectures(epochs: pd.DataFrame) -> pd.DataFrame:
-    """One row per run, architecture, mini-batch and passes of `Facts.epochs`: from which epoch to which, and the cost.
+    """One row per run and work of `Facts.epochs` (see `pairs.work_of`): from which epoch to which, and the cost.
 
     Memory is that of the epoch that takes the most.
     """
-    grouped = epochs.groupby(["run", "architecture", "batch_per_gpu", "passes"], sort=False)
+    grouped = epochs.groupby(["run", "architecture", "batch_per_gpu", "passes", "num_gpus"], sort=False)
     return grouped.agg(
         first_epoch=("epoch", "min"),
         last_epoch=("epoch", "max"),
@@ -231,7 +231,7 @@ def validation_frame(traces: Sequence[Trace], validation: Validation) -> pd.Data
         rows += [
             _labels(label, setting, trace)
             | {
-                "num_gpus": trace.run.world_size,
+                "num_gpus": epoch.num_gpus,
                 "batch_per_gpu": epoch.batch_per_gpu,
                 "epoch": epoch.epoch,
                 "measured_seconds": epoch.measured_seconds,

@@ -18,7 +18,7 @@ from ptsim.report.tables import Table, make_table
 from ptsim.sim.options import Options
 from ptsim.trace.pairs import data_name, device_name, model_name, run_labels
 from ptsim.trace.trace import Trace
-from ptsim.units import format_bandwidth, format_bytes, format_peak, format_seconds, listed, percent
+from ptsim.units import format_bandwidth, format_bytes, format_peak, format_seconds, in_turn, listed, percent
 
 COUNTING = (
     (
@@ -207,7 +207,7 @@ def _run_facts(label: str, trace: Trace, shared: Mapping[str, object]) -> Iterat
     run = trace.run
     data, device = run.dataset, run.device
     shape = " × ".join(map(str, data.input_shape))
-    where = format_gpus(run.world_size) if device.kind != "cpu" else device.kind.upper()
+    where = in_turn(map(format_gpus, trace.world_sizes)) if device.kind != "cpu" else device.kind.upper()
     if trace.is_planned:
         began = f"{where}; planned {run.created}" + (", after a run on " + device_name(trace)) * trace.is_stretched
     else:

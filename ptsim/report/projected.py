@@ -18,7 +18,7 @@ from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import worst_tier
 from ptsim.costs.times import LayerTime
 from ptsim.costs.traffic import network_traffic
-from ptsim.hardware.catalog import is_called, load_device, measured_device
+from ptsim.hardware.catalog import is_called, load_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Cluster
 from ptsim.network import PRODUCTS, LayerKind, Network
@@ -33,8 +33,7 @@ from ptsim.trace.frames import numeric
 from ptsim.trace.pairs import Comparison, data_name, model_name, run_labels, setting_labels, task_of
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
-
-JOULES_PER_KWH = 3.6e6
+from ptsim.units import KWH
 
 
 class LabelledRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,11 +98,7 @@ class Projector:
 
     def step(self, trace: Trace, epoch: Epoch) -> StepTime:
         """The step that `epoch` trained, layer by layer, on this cluster's device."""
-        measurements = Measurements(
-            profiles=trace.profiles,
-            source_device=measured_device(trace.run.device.name, self.device),
-            device_profile=self.device_profile,
-        )
+        measurements = Measurements.of(trace, self.device, self.device_profile)
         network = trace.networks[epoch.architecture]
         return step_time(network, self.device, trace.setting_of(epoch), measurements=measurements)
 
@@ -124,7 +119,7 @@ class Projector:
         """The CO₂ of an energy; None where the energy or the grid is not known."""
         if joules is None or self.grid_grams_per_kwh is None:
             return None
-        return joules / JOULES_PER_KWH * self.grid_grams_per_kwh
+        return joules / KWH * self.grid_grams_per_kwh
 
 
 def labelled_runs(traces: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[LabelledRun]:

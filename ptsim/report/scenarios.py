@@ -20,7 +20,7 @@ from ptsim.report.projected import LabelledRun, Projector
 from ptsim.trace.frames import numeric
 from ptsim.trace.pairs import Comparison
 from ptsim.trace.trace import Trace
-from ptsim.units import counted, given_number, listed
+from ptsim.units import GBIT, counted, given_number, listed
 
 FACTORS = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0)  # on a bandwidth
 BATCHES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # on a mini-batch
@@ -160,7 +160,7 @@ def _named(lever: Lever, value: float) -> str:
     if lever == "GPUs":
         return gpus(round(value))
     if lever == "bandwidth":
-        return f"{given_number(value * 8e-9)} Gbit/s"
+        return f"{given_number(value / GBIT)} Gbit/s"
     return f"{counted(round(value), 'image')} per GPU"
 
 

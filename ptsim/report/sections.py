@@ -146,6 +146,8 @@ def costs_section(facts: Facts) -> Section:
     )
     trained = frames.trained_architectures(facts.epochs)
     spec = specs.ARCHITECTURES if (trained.passes > 1).any() else _without(specs.ARCHITECTURES, "passes")
+    if trained.num_gpus.nunique() == 1:
+        spec = _without(spec, "num_gpus")
     table = make_table(spec, trained, caption=caption)
     return Section(name="costs", title="What shrank", figures=shown_figures("costs", facts), tables=(table,))
 

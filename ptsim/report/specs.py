@@ -236,6 +236,7 @@ ARCHITECTURES = TableSpec(
         "last_epoch": "to epoch",
         "batch_per_gpu": "mini-batch per GPU",
         "passes": "passes",
+        "num_gpus": "GPUs",
         "parameters": "parameters",
         "inference_macs_per_image": "inference",
         "training_macs_per_image": "training",

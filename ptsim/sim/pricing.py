@@ -20,7 +20,7 @@ from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import worst_tier
 from ptsim.costs.times import Z90
 from ptsim.errors import UsageError
-from ptsim.hardware.catalog import load_device, measured_device
+from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
 from ptsim.network import LayerKind, Network
 from ptsim.setting import StepSetting
@@ -251,8 +251,7 @@ class Pricer:
             measurements = scenario.measurements
         else:  # under a key of its own: elsewhere it may be the projected one, and have a profile
             device, key = other, ("mixed in", *self._key(stage, msgspec.json.encode(other)))
-            source = measured_device(scenario.trace.run.device.name, other)
-            measurements = Measurements(profiles=scenario.trace.profiles, source_device=source)
+            measurements = Measurements.of(scenario.trace, other)
         alone = scenario.cache.get(key, lambda: step_time(stage.network, device, setting, measurements=measurements))
         return among(alone, scenario.cluster, scenario.num_gpus)
 

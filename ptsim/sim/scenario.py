@@ -12,7 +12,7 @@ from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.memory import usable_bytes
 from ptsim.costs.step import Measurements
 from ptsim.errors import UsageError
-from ptsim.hardware.catalog import load_device, measured_device
+from ptsim.hardware.catalog import load_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import Network
@@ -84,11 +84,7 @@ class Scenario:
         self.optimizer, self.momentum = trace.optimizer, trace.momentum
         self.criterion, self.proximal = trace.criterion, trace.proximal
         self.told_update, self.told_penalties = trace.told_update, trace.told_penalties
-        self.measurements = Measurements(
-            profiles=trace.profiles,
-            source_device=measured_device(run.device.name, self.device),
-            device_profile=device_profile,
-        )
+        self.measurements = Measurements.of(trace, self.device, device_profile)
         self.overlap = not trace.compiled if options.overlap is None else options.overlap
         self.spread = recorded_jitter(trace.epochs)
 

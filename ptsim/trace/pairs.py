@@ -22,6 +22,7 @@ from ptsim.textfile import printable
 from ptsim.trace.io import trace_name
 from ptsim.trace.schema import DeviceUse, Epoch
 from ptsim.trace.trace import Trace
+from ptsim.units import in_turn
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,7 +123,7 @@ _TIME: Mapping[str, Callable[[Trace], object]] = {
     "network at the start": _first_network,
     "device": lambda trace: trace.run.device.name,
     "threads": lambda trace: trace.run.device.num_threads,
-    "ranks": lambda trace: ", then ".join(map(str, trace.world_sizes)),
+    "ranks": lambda trace: in_turn(trace.world_sizes),
     "mini-batch at the start": lambda trace: trace.epochs[0].batch_per_gpu if trace.epochs else None,
     "passes at the start": lambda trace: trace.epochs[0].passes if trace.epochs else None,
     "precision": lambda trace: str(trace.run.precision),

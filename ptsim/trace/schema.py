@@ -125,7 +125,7 @@ class Run(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ru
     """
 
     schema_version: int
-    created: str  # ISO 8601, UTC
+    created: str  # as `units.time_stamp` writes it; of older recorded runs with +00:00 in place of Z
     model: str
     dataset: Dataset
     hyperparameters: dict[str, Any]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
 import warnings
 from collections import Counter
@@ -29,6 +28,7 @@ from ptsim.training.distributed import Team
 from ptsim.training.tracefile import git_revision, library_versions
 from ptsim.training.watch import learning_rate
 from ptsim.training.wrapping import is_compiled
+from ptsim.units import time_stamp
 
 # Which optimizer moves as much memory as an unknown one with n states an element; of two with one state the dearer.
 _BY_STATES = {0: "sgd", 1: "rmsprop", 2: "adam"}
@@ -339,7 +339,7 @@ def run_record(
     assert facts.memory_format is not None, "the same"
     return Run(
         schema_version=SCHEMA_VERSION,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=time_stamp(),
         model=facts.model,
         dataset=facts.dataset
         or Dataset(

@@ -240,7 +240,7 @@ def check_began_alike(folder: Path, dataset: Dataset, device: DeviceInfo, world_
     """Make sure that the data set is as large as the one that the run began with; nothing where there is no trace.
 
     A warning where it began on another `device`, with another torch or number of threads, which the trace then names
-    for all epochs, or with another number of ranks.
+    for all epochs, or with another number of ranks, which it names for each.
 
     Raises:
         UsageError: the data set is not.
@@ -252,14 +252,15 @@ def check_began_alike(folder: Path, dataset: Dataset, device: DeviceInfo, world_
     threads, here = (began.device.num_threads, device.num_threads), importlib.metadata.version("torch")
     alike = [
         (f"on {printable(began.device.name)}", f"on {printable(device.name)}"),
-        (f"with {counted(began.world_size, 'rank')}", f"with {counted(world_size, 'rank')}"),
         (f"with torch {began.versions.get('torch', here)}", f"with torch {here}"),
         *([(f"with {threads[0]} threads", f"with {threads[1]} threads")] if None not in threads else []),
     ]
-    for then, today in alike:
+    ranks = f"with {counted(began.world_size, 'rank')}", f"with {counted(world_size, 'rank')}"
+    for then, today in (ranks, *alike):
         if then != today:
-            names = f"{then}, which its trace names for every epoch, and goes on {today}"
-            warnings.warn(f"the run began {names}: what is predicted from it mixes the times of both", stacklevel=2)
+            named = "" if (then, today) == ranks else ", which its trace names for every epoch,"
+            mixes = "what is predicted from it mixes the times of both"
+            warnings.warn(f"the run began {then}{named} and goes on {today}: {mixes}", stacklevel=2)
     for what, before, now in (
         ("training", began.dataset.num_train, dataset.num_train),
         ("validation", began.dataset.num_validation, dataset.num_validation),

@@ -145,6 +145,17 @@ def test_fig_11_separates_the_model_from_the_updates(traces: list[Path]) -> None
     assert rows.bytes_fraction.iloc[-1] == pytest.approx(shrunk * last.num_iterations / first.num_iterations)
 
 
+def test_a_row_of_an_epoch_has_that_epochs_ranks(traces: list[Path]) -> None:
+    trace = ptsim.read_trace(traces[1])
+    ranks = (1, 1, 2, 4)
+    epochs = tuple(
+        msgspec.structs.replace(epoch, world_size=number) for epoch, number in zip(trace.epochs, ranks, strict=True)
+    )
+    for name in ("fig2", "fig11"):
+        rows = study(name).table([msgspec.structs.replace(trace, epochs=epochs)])
+        assert tuple(rows.num_gpus) == ranks
+
+
 def test_the_papers_mini_batches_of_fig_9_are_those_of_its_text() -> None:
     common = study("_common")
     published = common.paper("Fig. 9").assign(start=lambda rows: rows.epochs.str.extract(r"^(\d+)-").astype(float))

@@ -111,6 +111,21 @@ def test_what_a_gpu_keeps_differs_by_its_rules_alone() -> None:
 
 
 @pytest.mark.slow
+def test_a_cpu_alone_mirrors_in_fp32_and_a_gpu_alone_takes_powers_in_fp32() -> None:
+    """The first convolution's 8 maps of 6 × 6 are kept for the gradient of what follows: 4 bytes of each, or 2."""
+    bytes_kept = {}
+    for name, inner in (("mirrored", nn.ReflectionPad2d(1)), ("powers", nn.LPPool2d(2, 2))):
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), inner, nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)
+        )
+        network = capture_network(model, name=name, input_shape=(3, 8, 8), num_classes=4)
+        bytes_kept |= {(name, seen.device, seen.half): seen.kept_image_bytes for seen in network.footprints}
+    assert bytes_kept["mirrored", "cpu", True] - bytes_kept["mirrored", "gpu", True] == 2 * 8 * 6 * 6
+    assert bytes_kept["powers", "gpu", True] - bytes_kept["powers", "cpu", True] >= 2 * 8 * 6 * 6
+    assert all(bytes_kept[name, "cpu", False] == bytes_kept[name, "gpu", False] for name in ("mirrored", "powers"))
+
+
+@pytest.mark.slow
 def test_the_norm_of_weights_is_no_batch_norm_traffic() -> None:
     network = capture_network(user_models.standardised(), name="s", input_shape=IMAGE, num_classes=10)
     norms = [layer for layer in network.layers if layer.kind is LayerKind.BATCH_NORM]

@@ -46,6 +46,24 @@ def test_people_get_tables_and_the_notes(trace: str, capsys: pytest.CaptureFixtu
     assert "do not fill nodes" in out
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", "TRACE", "--gpu", "a100"],
+        ["allreduce", "--cluster", "dgx-a100", "--gpus", "8", "--bytes", "25MiB"],
+        ["simulate", "TRACE", "--cluster", "dgx-a100"],
+        ["validate", "TRACE"],
+    ],
+)
+def test_every_command_writes_an_interval_alike(
+    command: list[str], trace: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([trace if word == "TRACE" else word for word in command]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\d( [^\W\d]+)? to \d", out)
+    assert not re.search(r"\d ?([^\W\d]+ ?)?– ?\d", out)
+
+
 def test_a_list_price_is_printed_with_its_day_unless_another_is_given(
     trace: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

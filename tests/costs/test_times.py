@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
 from ptsim.costs.tiers import Tier
-from ptsim.costs.times import LayerTime, StepTime
+from ptsim.costs.times import LayerTime, Measurements, StepTime
+from ptsim.hardware.catalog import load_device
 from ptsim.network import LayerKind
+from ptsim.trace.io import read_trace
+from tests.traces import dense_trace
 
 SECONDS = {
     LayerKind.CONV: (1.0, 2.0),
@@ -63,3 +68,18 @@ def test_a_share_of_the_update_leaves_the_rest() -> None:
     assert cast.optimizer_s == 0.125 + 0.0625
     nothing = msgspec.structs.replace(STEP, layers=(), optimizer_s=0.0, regularizer_s=0.0, overhead_s=0.0, low_s=0.0)
     assert nothing.updating(0.5).high_s == 12.0  # nothing to be relative to
+
+
+def test_what_a_run_measured_is_its_profiles_on_the_device_that_it_had_with_its_update(tmp_path: Path) -> None:
+    trace = read_trace(dense_trace(tmp_path / "t.jsonl"))
+    v100, a100 = load_device("v100"), load_device("a100-sxm4-40gb")
+    known = Measurements.of(trace, v100)
+    assert (known.profiles, known.source_device, known.device_profile) == (trace.profiles, a100, None)
+    assert (known.optimizer, known.momentum) == ("sgd", 0.9)
+    own = msgspec.structs.replace(v100, driver_names=(trace.run.device.name,))  # a user's file that describes it
+    assert Measurements.of(trace, own).source_device == own
+    older = msgspec.structs.replace(
+        trace, run=msgspec.structs.replace(trace.run, hyperparameters={"optimizer": "of_another_package"})
+    )
+    assert Measurements.of(older, v100).optimizer is None
+    assert Measurements.of(None, v100) == Measurements()

@@ -130,3 +130,14 @@ def test_a_profile_stands_for_the_epochs_whose_passes_it_timed(
     document = profile_timeline(msgspec.structs.replace(trace, epochs=epochs)).document()
     names = [event["args"]["name"] for event in document["traceEvents"] if event["name"] == "process_name"]
     assert names[0] == f"resnet14 {trace.profiles[0].architecture}, mini-batch 64, {span}"
+
+
+def test_a_profile_says_among_how_many_ranks_its_epochs_trained(trace: Trace) -> None:
+    """The run's first line says one."""
+    ranks = zip(trace.epochs, (1, 1, 4, 4, 2, 4), strict=True)
+    epochs = tuple(msgspec.structs.replace(epoch, world_size=number) for epoch, number in ranks)
+    document = profile_timeline(msgspec.structs.replace(trace, epochs=epochs)).document()
+    names = [event["args"]["name"] for event in document["traceEvents"] if event["name"] == "process_name"]
+    spans_of = [name.partition("mini-batch ")[2].partition(", ")[2] for name in names]
+    assert spans_of == ["epochs 0 to 1, ranks: 1", "epochs 2 to 3, ranks: 4", "epochs 4 to 5, ranks: 2, then 4"]
+    assert document["distributedInfo"]["world_size"] == 4

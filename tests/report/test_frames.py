@@ -157,6 +157,7 @@ def test_an_architectures_row_spans_its_epochs() -> None:
             "architecture": ["x", "x", "x", "x", "y"],
             "batch_per_gpu": 64,
             "passes": [1, 1, 1, 4, 4],
+            "num_gpus": 1,
             "epoch": [0, 1, 2, 3, 4],
             "peak_memory_bytes": [10.0, 30.0, 20.0, 8.0, 5.0],
             "estimated_memory_bytes": [11.0, 31.0, 21.0, 9.0, 6.0],
@@ -179,6 +180,21 @@ def test_an_architectures_row_spans_its_epochs() -> None:
     assert list(frame.projected_memory_bytes) == [32.0, 10.0, 7.0]
     assert list(frame.epoch_seconds) == [2.0, 3.0, 1.0]  # of 9, 1 and 2 s the middle one
     assert list(frame.parameters) == [7, 7, 3]
+
+
+def test_an_architecture_that_went_on_on_other_gpus_has_a_row_for_each_number_of_them(pruned: Trace) -> None:
+    one = pruned.epochs[0]
+    walls = zip((1, 1, 4), (9.0, 9.0, 3.0), strict=True)
+    epochs = tuple(
+        msgspec.structs.replace(
+            one, epoch=i, world_size=gpus, measured_time=msgspec.structs.replace(one.time, wall_s=wall_s)
+        )
+        for i, (gpus, wall_s) in enumerate(walls)
+    )
+    costs = frames.costs_frame([msgspec.structs.replace(pruned, epochs=epochs, reconfigurations=())])
+    frame = frames.trained_architectures(costs.assign(projected_memory_bytes=0))
+    rows = list(zip(frame.num_gpus, frame.first_epoch, frame.last_epoch, frame.epoch_seconds, strict=True))
+    assert rows == [(1, 0, 1, 9.0), (4, 2, 2, 3.0)]
 
 
 def test_repeats_keep_words_and_truths_and_count_what_is_there() -> None:
@@ -212,6 +228,16 @@ def test_checked_epochs_stand_beside_what_was_measured(pruned: Trace) -> None:
         assert row["epoch_error"] == pytest.approx(row["predicted_seconds"] / row["measured_seconds"] - 1)
         assert (row["low_seconds"], row["high_seconds"]) == (check.low_seconds, check.high_seconds)
         assert (row["epoch"], row["batch_per_gpu"], row["num_gpus"], row["tier"]) == (check.epoch, 64, 1, "measured")
+
+
+def test_epochs_of_a_run_that_went_on_with_other_ranks_keep_their_own_number_of_gpus(pruned: Trace) -> None:
+    """Its first line says one."""
+    epochs = tuple(
+        msgspec.structs.replace(epoch, world_size=gpus) for epoch, gpus in zip(pruned.epochs, (4, 4, 2), strict=True)
+    )
+    trace = msgspec.structs.replace(pruned, epochs=epochs)
+    assert list(frames.validation_frame([trace], ptsim.validate([trace])).num_gpus) == [4, 4, 2]
+    assert row_of(frames.runs_frame([trace]))["num_gpus"] == 4
 
 
 def test_a_reconfiguration_has_its_networks_before_and_after(pruned: Trace) -> None:

@@ -97,3 +97,10 @@ def test_what_only_some_runs_share_is_said_of_each(tmp_path: Path) -> None:
     assert "epochs" not in facts["configuration of all"]
     told = [said.split(", ")[0] for name, said in facts.items() if name.endswith(": configuration")]
     assert told == ["epochs 6", "epochs 6", "epochs 4"]
+
+
+def test_a_run_that_went_on_with_more_ranks_names_both_numbers(tmp_path: Path) -> None:
+    trace = ptsim.read_trace(dense_trace(tmp_path / "d.jsonl", epochs=2))
+    epochs = (trace.epochs[0], msgspec.structs.replace(trace.epochs[1], world_size=4))
+    said = " ".join(dict(methods_facts([msgspec.structs.replace(trace, epochs=epochs)])).values())
+    assert "1 GPU, then 4 GPUs NVIDIA A100-SXM4-40GB, driver 580.95.05; started" in said

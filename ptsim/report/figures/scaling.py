@@ -10,7 +10,7 @@ from matplotlib.ticker import NullLocator
 from ptsim.report.figures import style
 from ptsim.report.figures.registry import ReportFigure
 from ptsim.report.frames import averaged
-from ptsim.units import given_number
+from ptsim.units import GBIT, given_number
 
 
 @style.styled
@@ -58,7 +58,7 @@ def break_even_figure(frame: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(style.WIDTH_IN, 0.7 + 1.75 * len(levers)), layout="constrained")
     for axes, lever in zip(figure.subplots(len(levers), 1, squeeze=False)[:, 0], levers, strict=True):
         rows = frame[frame.lever == lever].sort_values("value")
-        values = rows.value * 8e-9 if lever == "bandwidth" else rows.value
+        values = rows.value / GBIT if lever == "bandwidth" else rows.value
         style.band(axes, values, rows.saved_fraction_low, rows.saved_fraction_high, style.COLOURS[1])
         axes.plot(values, rows.saved_fraction, color=style.COLOURS[1], marker="o", ms=4)
         style.zero_line(axes)
