@@ -290,7 +290,7 @@ def _measurements(subject: Subject, device: Device, calibrated: DeviceProfile | 
     # What an update of another package moves is not known where an older trace does not tell.
     known = trace.told_update is not None or trace.optimizer in OPTIMIZERS.names()
     return Measurements(
-        profiles=trace.profiles,
+        profiles=trace.own_profiles,
         source_device=source,
         optimizer=trace.optimizer if known else None,
         momentum=trace.momentum,

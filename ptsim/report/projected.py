@@ -100,7 +100,7 @@ class Projector:
     def step(self, trace: Trace, epoch: Epoch) -> StepTime:
         """The step that `epoch` trained, layer by layer, on this cluster's device."""
         measurements = Measurements(
-            profiles=trace.profiles,
+            profiles=trace.own_profiles,
             source_device=measured_device(trace.run.device.name, self.device),
             device_profile=self.device_profile,
         )

@@ -252,7 +252,7 @@ class Pricer:
         else:  # under a key of its own: elsewhere it may be the projected one, and have a profile
             device, key = other, ("mixed in", *self._key(stage, msgspec.json.encode(other)))
             source = measured_device(scenario.trace.run.device.name, other)
-            measurements = Measurements(profiles=scenario.trace.profiles, source_device=source)
+            measurements = Measurements(profiles=scenario.trace.own_profiles, source_device=source)
         alone = scenario.cache.get(key, lambda: step_time(stage.network, device, setting, measurements=measurements))
         return among(alone, scenario.cluster, scenario.num_gpus)
 

@@ -85,7 +85,7 @@ class Scenario:
         self.criterion, self.proximal = trace.criterion, trace.proximal
         self.told_update, self.told_penalties = trace.told_update, trace.told_penalties
         self.measurements = Measurements(
-            profiles=trace.profiles,
+            profiles=trace.own_profiles,
             source_device=measured_device(run.device.name, self.device),
             device_profile=device_profile,
         )
