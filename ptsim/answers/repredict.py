@@ -97,7 +97,7 @@ def device_profile_of(traces: Sequence[Trace]) -> DeviceProfile:
     Raises:
         MissingMeasurementError: no profiles, or runs of different devices.
     """
-    with_profiles = [trace for trace in traces if trace.profiles]
+    with_profiles = [trace for trace in traces if trace.own_profiles]
     if not with_profiles:
         raise MissingMeasurementError("none of the other runs has profiles to predict from")
     devices = dict.fromkeys(_device_words(trace) for trace in with_profiles)
@@ -133,7 +133,7 @@ def _operators_and_steps(traces: Sequence[Trace]) -> tuple[tuple[OperatorTime, .
     operators: tuple[OperatorTime, ...] = ()
     steps = []
     for trace in traces:
-        for profile in trace.profiles:
+        for profile in trace.own_profiles:
             if trace.penalty_ratio == 0:  # older traces: microseconds between two clocks
                 profile = msgspec.structs.replace(profile, regularizer_s=0.0)
             network = trace.networks[profile.architecture]
@@ -437,7 +437,7 @@ def fit_power_model(trace: Trace, num_epochs: int | None = None) -> PowerModel |
     samples = []
     for epoch in trace.epochs[:num_epochs]:
         network, setting = trace.network_of(epoch), trace.setting_of(epoch)
-        profile = find_profile(network, trace.profiles, setting.one_pass)
+        profile = find_profile(network, trace.own_profiles, setting.one_pass)
         power_w = epoch.mean_power_w
         if profile is not None and power_w is not None and is_plausible(device, power_w):
             step = recorded_step(network, profile, setting).accumulated(setting.passes)

@@ -148,7 +148,7 @@ class Measurements(msgspec.Struct, frozen=True, kw_only=True):
         # What an update of another package moves is not known where an older trace does not tell.
         known = trace.told_update is not None or trace.optimizer in OPTIMIZERS.names()
         return cls(
-            profiles=trace.profiles,
+            profiles=trace.own_profiles,
             source_device=measured_device(trace.run.device.name, device),
             optimizer=trace.optimizer if known else None,
             momentum=trace.momentum,

@@ -255,7 +255,8 @@ def write_chakra(
     """Write a folder per kind of step that the run has, each with `step.RANK.et` for every rank.
 
     Steps differ in architecture, mini-batch, passes, and whether they have a penalty. `index.json`, the last of the
-    files, says which epochs a folder stands for, with how many iterations. ASTRA-sim's workload is `FOLDER/step`.
+    files, says which epochs a folder stands for, and how many iterations they are on so many ranks: every image is
+    trained on. ASTRA-sim's workload is `FOLDER/step`.
 
     Args:
         trace: of a run, complete or not.
@@ -289,7 +290,7 @@ def write_chakra(
                 "folder": folders[kind].name,
                 **kind._asdict(),
                 "epochs": [epoch.epoch for epoch in epochs],
-                "num_iterations": sum(epoch.num_iterations for epoch in epochs),
+                "num_iterations": sum(epoch.iterations_with(epoch.batch_per_gpu, ranks) for epoch in epochs),
                 "ranks": ranks,
                 "sharding": shared,
             }

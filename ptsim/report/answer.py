@@ -399,7 +399,7 @@ def _quality_tiles(runs: pd.DataFrame, best: pd.Series, origin: str) -> Iterator
             change = format_quantity("points", 100 * abs(best.accuracy_change))
             detail = f"{change} {'above' if best.accuracy_change >= 0 else 'below'} dense"
         yield Tile(name="Validation accuracy", value=percent(best.pruned_accuracy), detail=detail, origin=measured)
-    first, last = rows.first_inference_macs_per_image.mean(), rows.last_inference_macs_per_image.mean()
+    first, last = best.first_inference_macs_per_image, best.last_inference_macs_per_image
     before = "" if rows.judged.all() else "; the accuracy is that of the network before its last pruning"
     yield Tile(
         name="Inference cost of the result",

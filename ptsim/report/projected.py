@@ -181,6 +181,8 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
 
     A saving has one 90 % interval, that of pruned / dense; seconds, joules and USD follow from it.
     `accuracy_change` is in fractions, missing where the baseline was not trained.
+    `last_inference_macs_per_image` is of the network that the accuracy is of: where the dense run is shorter, not that
+    which the pruned run ended with.
     """
     rows = []
     for c in comparisons:
@@ -212,6 +214,8 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     - pruned.startup_s,
                     "dense_allreduce_bytes_per_gpu": dense.allreduce_bytes_per_gpu,
                     "pruned_allreduce_bytes_per_gpu": pruned.allreduce_bytes_per_gpu,
+                    "first_inference_macs_per_image": c.pruned.network_of(c.pruned.epochs[0]).forward_macs,
+                    "last_inference_macs_per_image": c.pruned.final_network.forward_macs,
                     "grid_grams_per_kwh": projector.grid_grams_per_kwh,
                     **projector.price_columns(size),
                     **accuracies(c),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
@@ -19,6 +18,7 @@ from ptsim.report.figures.style import gpus
 from ptsim.report.projected import LabelledRun, Projector
 from ptsim.trace.frames import numeric
 from ptsim.trace.pairs import Comparison
+from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
 from ptsim.units import GBIT, counted, given_number, listed
 
@@ -137,18 +137,12 @@ def _row(
 def with_batch(trace: Trace, factor: float) -> Trace:
     """The run as if every mini-batch had been `factor` times as large; every image is still trained on."""
 
-    def changed(batch: int) -> int:
-        return max(1, round(batch * factor))
+    def changed(epoch: Epoch) -> Epoch:
+        batch = max(1, round(epoch.batch_per_gpu * factor))
+        iterations = epoch.iterations_with(batch, epoch.world_size)
+        return msgspec.structs.replace(epoch, batch_per_gpu=batch, num_iterations=iterations)
 
-    epochs = tuple(
-        msgspec.structs.replace(
-            epoch,
-            batch_per_gpu=changed(epoch.batch_per_gpu),
-            num_iterations=max(1, math.ceil(epoch.num_images / (changed(epoch.batch_per_gpu) * epoch.world_size))),
-        )
-        for epoch in trace.epochs
-    )
-    return msgspec.structs.replace(trace, epochs=epochs)
+    return msgspec.structs.replace(trace, epochs=tuple(map(changed, trace.epochs)))
 
 
 _NAMES: dict[Lever, str] = {"GPUs": "Number of GPUs", "bandwidth": "Bandwidth", "mini-batch": "Mini-batch"}

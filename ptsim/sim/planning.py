@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import msgspec
@@ -79,7 +78,7 @@ class _Planner:
                     network=network,
                     id=identity,
                     batch=batch,
-                    num_iterations=self._num_iterations(epoch, batch),
+                    num_iterations=epoch.iterations_with(batch, self.num_gpus),
                     new=new and bool(stages),
                 )
             )
@@ -155,12 +154,6 @@ class _Planner:
         setting = scenario.memory_setting(batch, source)
         need = iteration_memory(network, setting, device=scenario.device, buckets=scenario.buckets(network, identity))
         return need.device_bytes <= scenario.memory_bytes
-
-    def _num_iterations(self, epoch: Epoch, batch: int) -> int:
-        if batch == epoch.batch_per_gpu and self.num_gpus == epoch.world_size:
-            return epoch.num_iterations
-        # every recorded image is trained on, whatever the number of GPUs: what fills no mini-batch is one more step
-        return max(1, math.ceil(epoch.num_images / (batch * self.num_gpus)))
 
     def note_assumptions(self, stages: Sequence[Stage]) -> None:
         trace, options, epochs = self.scenario.trace, self.options, self.epochs

@@ -8,6 +8,7 @@ null, never zero. A planned run has no measured quantity at all: reading one of 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -272,6 +273,15 @@ class Epoch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
     passes: Positive = 1
     densities: tuple[LayerDensity, ...] = ()
     channel_maxima: dict[str, tuple[Number, ...]] | None = None  # per layer, largest |w| per output channel
+
+    def iterations_with(self, batch_per_gpu: int, world_size: int) -> int:
+        """Its iterations with such mini-batches on so many ranks: every image is trained on, as in the run itself.
+
+        What fills no mini-batch is one more iteration.
+        """
+        if (batch_per_gpu, world_size) == (self.batch_per_gpu, self.world_size):
+            return self.num_iterations
+        return math.ceil(self.num_images / (batch_per_gpu * world_size))
 
     @property
     def regularized(self) -> bool:

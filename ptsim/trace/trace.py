@@ -149,6 +149,11 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(dict.fromkeys(epoch.world_size for epoch in self.epochs)) or (self.run.world_size,)
 
     @property
+    def own_profiles(self) -> tuple[Profile, ...]:
+        """Those taken on the device that the first line names: a resumed run may have gone on with another."""
+        return tuple(profile for profile in self.profiles if profile.device == self.run.device.name)
+
+    @property
     def compiled(self) -> bool:
         """The step ran through torch.compile, so that all gradients became ready together at its end."""
         return self.run.hyperparameters.get("compile") is True

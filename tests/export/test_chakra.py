@@ -605,3 +605,23 @@ def test_negative_numbers_and_lists_on_the_wire() -> None:
     assert read_varint(protobuf.varint(-(2**63)), 0) == (2**63, 10)
     assert protobuf.packed(5, [1, 300]) == b"\x2a\x03\x01\xac\x02"
     assert protobuf.packed(5, []) == b""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "iterations"),
+    [(1, [156, 104, 78]), (None, [78, 52, 40]), (8, [20, 14, 10])],
+)
+def test_the_index_counts_the_iterations_of_as_many_ranks(
+    tmp_path: Path, ranks: int | None, iterations: list[int]
+) -> None:
+    """One rank trained 4,992 images an epoch, two epochs each with 64, 96 and 128 images a step; None: two ranks.
+
+    On eight ranks an epoch takes 9.75, 6.5 and 4.875 steps, rounded up.
+    """
+    trace = read_trace(shrinking_trace(tmp_path / "t.jsonl"))
+    assert {epoch.num_images for epoch in trace.epochs} == {4992}
+    write_chakra(trace, tmp_path / "out", num_gpus=ranks)
+    index = msgspec.json.decode((tmp_path / "out" / "index.json").read_bytes())
+    assert [(entry["batch_per_gpu"], entry["num_iterations"]) for entry in index] == list(
+        zip((64, 96, 128), iterations, strict=True)
+    )

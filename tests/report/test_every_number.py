@@ -162,6 +162,7 @@ def shares(out: Path) -> Iterator[float]:
     if (out / "tables" / "savings.csv").exists():
         savings = read(out / "tables" / "savings.csv")
         yield from (savings.pruned_allreduce_bytes_per_gpu / savings.dense_allreduce_bytes_per_gpu).dropna()
+        yield from savings.last_inference_macs_per_image / savings.first_inference_macs_per_image
     runs = read(out / "tables" / "runs.csv")
     yield from (runs.last_inference_macs_per_image / runs.first_inference_macs_per_image).dropna()
     if (out / "figures" / "breakdown.csv").exists():  # a bar is a share of the first setting's

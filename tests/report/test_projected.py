@@ -96,6 +96,17 @@ def test_the_accuracy_is_that_of_what_the_run_handed_over(traces: list[ptsim.Tra
     assert row["accuracy_change"] == pytest.approx(-0.05)
 
 
+def test_the_inference_cost_is_of_the_network_that_the_accuracy_is_of(traces: list[ptsim.Trace]) -> None:
+    """Beside a dense run of four epochs, of the six that prune after the second and the fourth."""
+    dense, pruned = traces
+    projector = FixedProjector({False: run_projection(), True: run_projection(80.0)})
+    (row,) = projected.savings_frame(compare_runs([first_epochs(dense, 4), pruned]), projector, [4]).to_dict("records")
+    first, fourth, last = (pruned.network_of(pruned.epochs[number]).forward_macs for number in (0, 3, 5))
+    assert first > fourth > last
+    assert (row["first_inference_macs_per_image"], row["last_inference_macs_per_image"]) == (first, fourth)
+    assert row["pruned_accuracy"] == pruned.epochs[3].validation_accuracy
+
+
 def test_a_layer_without_elements_is_removed_from_table_and_map(
     traces: list[ptsim.Trace], projector: Projector
 ) -> None:

@@ -65,6 +65,22 @@ def test_the_hooks_of_gradients_are_part_of_backward_and_of_nothing_else(dense: 
     assert accumulated.hooks_s == pytest.approx(hooks_s, rel=1e-9)  # they run in the last pass only
 
 
+def test_what_was_profiled_on_another_device_is_not_measured_on_this_one(trace: Trace) -> None:
+    """A run that began on an A100, which its first line names, and went on with an H100."""
+    last = trace.epochs[-1].architecture
+    there = [
+        msgspec.structs.replace(p, device="NVIDIA H100 80GB HBM3") for p in trace.profiles if p.architecture == last
+    ]
+    here = [p for p in trace.profiles if p.architecture != last]
+    assert there
+    mixed, began = (msgspec.structs.replace(trace, profiles=tuple(some)) for some in ([*here, *there], here))
+    projected = run(mixed, 1)
+    assert [epoch.step_s for epoch in projected.epochs] == [epoch.step_s for epoch in run(began, 1).epochs]
+    assert (projected.epochs[0].tier, projected.epochs[-1].tier) == ("measured", "datasheet")
+    assert ptsim.predict(mixed, gpu="a100").tier == "datasheet"
+    assert {step.architecture for step in device_profile_of([mixed]).steps} == {p.architecture for p in here}
+
+
 def test_a_parameter_without_gradient_has_a_hook_where_ddp_looks_for_unused_ones(dense: Trace) -> None:
     """It is in a bucket then; the hook is part of backward, and no other part is a crumb longer for it."""
     (identity,) = dense.networks
