@@ -235,8 +235,8 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
         if most < _FEW_STEPS:
             share = (most - 1) / (most + 1)  # of further values, in the range of so many
             said.append(
-                f"the spread of steps is that of the {most} in {self.called}; on average {share:.0%} of all steps "
-                "lie in such a range"
+                f"the spread of steps is that of the {most} in {self.called}; on average {share:.0%} of all steps lie in "
+                "such a range"
             )
         if num_gpus == 1 and any(step.data_parallel for step in self.steps):
             said.append(
