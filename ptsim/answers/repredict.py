@@ -195,7 +195,7 @@ def source_of(
         others = [other for other in runs if other.fingerprint != trace.fingerprint]  # a copy is the run itself
         if not others:
             raise UsageError("holdout needs a device profile or a second run to predict from")
-        profile = msgspec.structs.replace(device_profile_of(others), called="the other runs' profile")
+        profile = device_profile_of(others)
     elif holdout and _is_among(trace, profile):
         raise UsageError(f"holdout needs a device profile of other runs; this one was calibrated on {trace.path}")
     known = profile
@@ -228,9 +228,9 @@ def _untold_threads(trace: Trace, profile: DeviceProfile) -> tuple[str, ...]:
     if profile.num_threads == threads:
         return ()
     if profile.num_threads is not None:
-        problem = f"{trace.path} ran with {threads} threads, {profile.called} with {profile.num_threads}"
+        problem = f"{trace.path} ran with {threads} threads, the device profile with {profile.num_threads}"
         raise MissingMeasurementError(problem)
-    return (f"{profile.called} does not say how many threads it was recorded with, the run had {threads}",)
+    return (f"the device profile does not say how many threads it was recorded with, the run had {threads}",)
 
 
 def _is_among(trace: Trace, profile: DeviceProfile) -> bool:
