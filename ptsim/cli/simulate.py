@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +27,7 @@ from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, change, project
 from ptsim.textfile import check_folder_writable
 from ptsim.trace.trace import planned_mark
-from ptsim.units import MIB, format_bytes, format_joules, format_seconds, interval, listed, shown_number
+from ptsim.units import MIB, format_bytes, format_joules, format_seconds, interval, shown_number
 
 _NAMED = ("mixed_devices", "link_bandwidth", "link_latency_s")  # options whose parts are names of devices or links
 _AS_RECORDED = Options()
@@ -225,16 +224,8 @@ def _print_tables(projections: list[RunProjection]) -> None:
                 str(p.network_tier or "–"),
             )
         console.print(time, resources)
-        for note in _notes(rows):
-            console.print(note, highlight=False)
-
-
-def _notes(rows: Sequence[RunProjection]) -> Iterator[str]:
-    """Every note once, with the numbers of GPUs that it is about, unless that is all of them or the note begins so."""
-    for note in dict.fromkeys(note for p in rows for note in p.notes):
-        counts = [f"{p.gpus:,}" for p in rows if note in p.notes]
-        about = f"{listed(counts)} {'GPU' if counts == ['1'] else 'GPUs'}"
-        yield f"note: {note}" if len(counts) == len(rows) or note.startswith(about) else f"note, {about}: {note}"
+        for note in dict.fromkeys(note for p in rows for note in p.notes):
+            console.print(f"note: {note}", highlight=False)
 
 
 def _table(*columns: str) -> Table:

@@ -6,13 +6,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from ptsim.cli.main import run
-from ptsim.cli.simulate import _notes
 from ptsim.sim import budget
 from tests.traces import shrinking_trace
 
@@ -79,20 +76,6 @@ def test_a_list_price_is_printed_with_its_day_unless_another_is_given(
     assert "2.50 USD per GPU-hour" in out
     assert "list price" not in out
     assert "billed" not in out
-
-
-def test_a_note_says_which_numbers_of_gpus_it_is_about() -> None:
-    rows: list[Any] = [
-        SimpleNamespace(gpus=1, notes=("of all", "1 GPU is billed as 8")),
-        SimpleNamespace(gpus=512, notes=("of all", "of two")),
-        SimpleNamespace(gpus=1024, notes=("of all", "of two", "of one")),
-    ]
-    assert list(_notes(rows)) == [
-        "note: of all",
-        "note: 1 GPU is billed as 8",
-        "note, 512 and 1,024 GPUs: of two",
-        "note, 1,024 GPUs: of one",
-    ]
 
 
 def test_json_says_what_the_price_is_and_where_it_is_from(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
