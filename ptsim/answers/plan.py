@@ -33,11 +33,10 @@ from ptsim.trace.schema import (
     gone_share,
 )
 from ptsim.trace.trace import Trace, product_sizes
-from ptsim.units import listed, time_stamp
+from ptsim.units import time_stamp
 
 if TYPE_CHECKING:
     from ptsim.prune.trajectories.build import Dense, Step
-    from ptsim.prune.trajectories.catalog import PublishedRun
     from ptsim.prune.trajectories.problem import Trajectory
 
 TOLERANCE = 0.005  # how far a planned fraction may be from its target
@@ -104,9 +103,8 @@ def plan(model: str, options: PlanOptions | None = None, **changes: Any) -> Trac
     wanted = changed(options or PlanOptions(), changes)
     if not 1 <= wanted.draws <= MOST_DRAWS:
         raise UsageError(f"draws is {wanted.draws}, expected 1 to {MOST_DRAWS}")
-    published = _published(wanted)
     kind = find_kind(wanted.pruning)
-    asked = _asked(model, wanted, published)
+    asked = _asked(model, wanted)
     entry = zoo.find(model)
     dense = dense_network(
         lambda: entry.build(num_classes=asked.num_classes),
@@ -167,32 +165,20 @@ def _spent(network: Network, epochs: Sequence[Epoch]) -> tuple[int, int, int]:
     return macs, images * batch_norm_bytes(network, 4), updates * network.gradient_bytes
 
 
-def _published(options: PlanOptions) -> PublishedRun | None:
-    """The published run that the options name, whose numbers stand for what they do not say.
-
-    Raises:
-        UsageError: neither says what no plan can do without; names all of it, before torch is imported.
-    """
-    from ptsim.prune.trajectories.catalog import published_runs
-
-    published = published_runs().get(options.pruning)
-    missing = [name for name in ("images", "epochs", "batch") if getattr(options, name) is None]
-    if missing and published is None:
-        needed = f"{listed(missing)} {'is' if len(missing) == 1 else 'are'} needed to plan a run"
-        raise UsageError(needed, hint=f"give {listed([f'--{name}' for name in missing])}")
-    return published
-
-
-def _asked(model: str, options: PlanOptions, published: PublishedRun | None) -> _Asked:
+def _asked(model: str, options: PlanOptions) -> _Asked:
     """The options with what the model and a published run say where they are None, checked."""
     from ptsim import zoo
+    from ptsim.prune.trajectories.catalog import published_runs
 
-    entry = zoo.find(model)
+    entry, published = zoo.find(model), published_runs().get(options.pruning)
 
     def given(name: str, value: int | None, default: int | None = None) -> int:
+        if value is None and published is not None:
+            value = getattr(published, name)
         if value is None:
-            value = default if published is None else getattr(published, name)
-        assert value is not None, "one of them says it"
+            value = default
+        if value is None:
+            raise UsageError(f"{name} is needed to plan a run", hint=f"give --{name}")
         if value < 1:
             raise UsageError(f"{name} is {value}, expected at least 1")
         return value
@@ -296,10 +282,7 @@ def _planned(asked: _Asked, dense: Dense, kind: object) -> Trace:
             best, since = reached, 0
         table = table.corrected(trajectory.widths, dense.network, [step.network for step in steps])
     wanted, nearest = (", ".join(f"{name}={value:.3g}" for name, value in found.items()) for found in (aimed, best))
-    raise UsageError(
-        f"no pruning of {asked.model} was found that has {wanted}; the nearest has {nearest}",
-        hint="ask for the nearest",
-    )
+    raise UsageError(f"no pruning of {asked.model} was found that has {wanted}; the nearest has {nearest}")
 
 
 def _reached(trace: Trace, trajectory: Trajectory) -> dict[str, float]:

@@ -58,8 +58,6 @@ def report(
         print_json({"report": str(page), **summary(made)})
         return
     print_line(made.answer.headline)
-    for notice in made.answer.notices:
-        print_line(f"Read with care: {notice}")
     for tile in made.answer.tiles:
         print_line(f"{tile.name}: {tile.value} ({tile.detail}; {tile.origin})")
     if made.answer.certainty:

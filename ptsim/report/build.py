@@ -341,17 +341,15 @@ def _collapses(comparison: Comparison) -> Iterator[str]:
     left = pruned.final_network.forward_macs / max(1, pruned.network_of(pruned.epochs[0]).forward_macs)
     if left < 0.01:
         yield f"its last network has {percent(left)} of the inference MACs of its first; hardly anything is left of it"
-    classes, accuracy = pruned.run.dataset.num_classes, pruned.final_accuracy
-    if classes < 2 or accuracy is None:
+    chance = 1 / max(1, pruned.run.dataset.num_classes)
+    known = chance + _HARDLY * (1 - chance)
+    if not comparison.trained or pruned.final_accuracy is None or dense.final_accuracy is None:
         return
-    known = 1 / classes + _HARDLY * (1 - 1 / classes)
-    if accuracy < known:
-        found = f"with an accuracy of {percent(accuracy)} its network hardly does better than guessing"
-        if comparison.trained and dense.final_accuracy is not None and dense.final_accuracy < known:
-            theirs = percent(dense.final_accuracy)
-            yield f"{found}, and so does the dense one with {theirs}: neither run has learned much"
-        else:
-            yield f"{found}, so what it saves is of no use"
+    if pruned.final_accuracy < known < dense.final_accuracy:
+        yield (
+            f"with an accuracy of {percent(pruned.final_accuracy)} its network hardly does better than guessing, so "
+            "what it saves is of no use"
+        )
 
 
 def money_sentences(projectors: Sequence[Projector]) -> str:

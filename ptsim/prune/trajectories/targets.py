@@ -230,8 +230,7 @@ class _Solver:
         problem = self.problem
         raise UsageError(
             f"no pruning of {problem.model} with {len(problem.events)} reconfigurations in {problem.epochs} epochs "
-            f"has {wanted}; the nearest is {nearest}",
-            hint="ask for the nearest",
+            f"has {wanted}; the nearest is {nearest}"
         )
 
 
