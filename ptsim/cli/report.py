@@ -64,4 +64,6 @@ def report(
         print_line(f"How sure: {made.answer.certainty}")
     for reason in made.answer.why:
         print_line(f"Why: {reason}")
+    for notice in made.answer.notices:
+        print_line(f"note: {notice}")
     print_line(page)

@@ -23,7 +23,7 @@ from ptsim.hardware.profile_file import read_device_profile
 from ptsim.setting import PrecisionName, Sharding
 from ptsim.sim.budget import unlimited
 from ptsim.sim.options import GradientFormat, MiniBatch, Options, Scaling
-from ptsim.sim.projection import RunProjection, projection_row
+from ptsim.sim.projection import RunProjection, projection_row, told_notes
 from ptsim.sim.run import StepCache, change, project
 from ptsim.textfile import check_folder_writable
 from ptsim.trace.trace import planned_mark
@@ -224,7 +224,7 @@ def _print_tables(projections: list[RunProjection]) -> None:
                 str(p.network_tier or "–"),
             )
         console.print(time, resources)
-        for note in dict.fromkeys(note for p in rows for note in p.notes):
+        for note in told_notes(rows):
             console.print(f"note: {note}", highlight=False)
 
 

@@ -336,20 +336,28 @@ def _projectors(
 
 
 def _collapses(comparison: Comparison) -> Iterator[str]:
-    """How little is left of a pruned run's network, where it is too little to be of use."""
+    """How little is left of a pruned run's network, or how little it knows, where it is too little to be of use."""
     pruned, dense = comparison.pruned, comparison.baseline
     left = pruned.final_network.forward_macs / max(1, pruned.network_of(pruned.epochs[0]).forward_macs)
     if left < 0.01:
         yield f"its last network has {percent(left)} of the inference MACs of its first; hardly anything is left of it"
-    chance = 1 / max(1, pruned.run.dataset.num_classes)
-    known = chance + _HARDLY * (1 - chance)
-    if not comparison.trained or pruned.final_accuracy is None or dense.final_accuracy is None:
-        return
-    if pruned.final_accuracy < known < dense.final_accuracy:
-        yield (
+    if pruned.final_accuracy is not None and _guesses(pruned):
+        said = (
             f"with an accuracy of {percent(pruned.final_accuracy)} its network hardly does better than guessing, so "
             "what it saves is of no use"
         )
+        if dense.final_accuracy is not None and _guesses(dense):
+            said += f". The dense run, with {percent(dense.final_accuracy)}, guesses too: pruning is not to blame"
+        yield said
+
+
+def _guesses(trace: Trace) -> bool:
+    """Whether the trained network hardly does better than guessing; False where that cannot be told."""
+    accuracy, classes = trace.final_accuracy, trace.run.dataset.num_classes
+    if accuracy is None or classes < 2:
+        return False
+    chance = 1 / classes
+    return accuracy < chance + _HARDLY * (1 - chance)
 
 
 def money_sentences(projectors: Sequence[Projector]) -> str:

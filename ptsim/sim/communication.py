@@ -75,7 +75,7 @@ class Network:
                 if fabric.named(name):
                     kept[name] = value
                 else:
-                    self.notes.append(f"{self.num_gpus} GPUs of {self.cluster.name} have no link {name!r}")
+                    self.notes.append(f"{self.num_gpus:,} GPUs of {self.cluster.name} have no link {name!r}")
 
     @property
     def tier(self) -> str | None:

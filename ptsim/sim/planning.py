@@ -167,7 +167,7 @@ class _Planner:
         per_node = self.scenario.cluster.gpus_per_node
         full, rest = divmod(self.num_gpus, per_node)
         if rest and full:
-            note(f"{self.num_gpus} GPUs do not fill nodes of {per_node}: {full} full and one with {rest} are assumed")
+            note(f"{self.num_gpus:,} GPUs do not fill nodes of {per_node}: {full} full and one with {rest} are assumed")
         if options.scaling == "strong":
             self._note_uneven()
         num_recorded = sum(event.measured_duration_s is not None for event in changes(trace))
@@ -216,6 +216,6 @@ class _Planner:
             total = min(self.uneven)
             per_gpu = -(-total // self.num_gpus)
             self.notes.append(
-                f"a global mini-batch of {total} does not divide by {self.num_gpus} GPUs: "
+                f"{self.num_gpus:,} GPUs cannot share a global mini-batch of {total} evenly: "
                 f"rounded up to {per_gpu} per GPU, {per_gpu * self.num_gpus:,} in all"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -10,6 +10,7 @@ import msgspec
 from ptsim.costs.energy import price_usd
 from ptsim.sim.faults import FaultyRun
 from ptsim.sim.options import HourPrice
+from ptsim.units import listed
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -205,6 +206,24 @@ def projection_row(projection: RunProjection) -> dict[str, Any]:
         "complete": p.complete,
         "notes": "; ".join(p.notes),
     }
+
+
+def told_notes(projections: Sequence[RunProjection]) -> list[str]:
+    """The notes of one run on several GPU counts, each once: "8 and 16 GPUs: …" where it is of only some of them.
+
+    A note that is of all counts, or begins with its own ("12 GPUs do not …"), is left as it is.
+    """
+    counts: dict[str, set[int]] = {}
+    for projection in projections:
+        for note in projection.notes:
+            counts.setdefault(note, set()).add(projection.gpus)
+    every = {projection.gpus for projection in projections}
+    return [note if own == every else _of_gpus(note, own) for note, own in counts.items()]
+
+
+def _of_gpus(note: str, counts: set[int]) -> str:
+    where = f"{listed([f'{count:,}' for count in sorted(counts)])} {'GPU' if counts == {1} else 'GPUs'}"
+    return note if note.startswith(f"{where} ") else f"{where}: {note}"
 
 
 def _epoch_row(run: RunProjection, epoch: EpochProjection) -> dict[str, Any]:

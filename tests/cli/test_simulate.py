@@ -64,6 +64,28 @@ def test_every_command_writes_an_interval_alike(
     assert not re.search(r"\d ?([^\W\d]+ ?)?– ?\d", out)
 
 
+def test_a_note_of_some_gpu_counts_names_them_and_under_json_it_stands_beside_its_count(
+    trace: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An epoch has 78 mini-batches of 64 images, 52 of 96 or 39 of 128.
+
+    16 GPUs take 3 · 16 of 39 (4 · 16 of 52, 23.1 % more), 32 take 2 · 32 of 39, 64 take 64 of 39 (64.1 % more).
+    """
+    command = ["simulate", trace, "--cluster", "dgx-a100", "--gpus"]
+    note = "the last mini-batch of an epoch is not full and counts as a whole step: up to {} more than the images need"
+    assert run([*command, "32,64,16"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"note: 32 and 64 GPUs: {note.format('64%')}" in out
+    assert f"note: 16 GPUs: {note.format('23%')}" in out
+    assert run([*command, "32,64"]) == 0
+    assert f"note: {note.format('64%')}" in " ".join(capsys.readouterr().out.split())
+    assert run([*command, "32,64,16", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["gpus"], [n for n in row["notes"] if "is not full" in n]) for row in rows] == [
+        (gpus, [note.format(share)]) for gpus, share in ((32, "64%"), (64, "64%"), (16, "23%"))
+    ]
+
+
 def test_a_list_price_is_printed_with_its_day_unless_another_is_given(
     trace: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,3 +1,4 @@
+import html
 import html.parser
 import json
 import re
@@ -10,6 +11,7 @@ from ptsim.cli.main import run
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.report.build import make_report, write_report
+from ptsim.units import together
 from tests.traces import CPU, dense_trace, shrinking_trace
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -187,6 +189,25 @@ def test_the_command_prints_one_json_document(tmp_path: Path, capsys: pytest.Cap
     row = document["savings"][1]
     assert row["saved_usd"] == pytest.approx(2 * 8 * row["saved_seconds"] / 3600)
     assert row["saved_seconds_low"] <= row["saved_seconds"] <= row["saved_seconds_high"]
+
+
+@pytest.mark.slow
+def test_the_command_prints_what_the_page_says_is_to_be_read_with_care(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = shrinking_trace(tmp_path / "p.jsonl", model="a<b", status="interrupted", recorded_epochs=3)
+    traces = [str(dense_trace(tmp_path / "d.jsonl")), str(cut)]
+    command = ["report", *traces, "-o", str(tmp_path / "out"), "--cluster", "dgx-a100", "--gpus", "8"]
+    assert run(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    notes = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
+    assert "This page holds runs of 2 tasks; its head is about one of them, the tables show all." in notes
+    assert any("a<b" in note and "interrupted after 3 of 6 planned epochs" in note for note in notes)
+    (shown,) = re.findall(r'<div class="notice".*?</div>', Path(lines[-1]).read_text(encoding="utf-8"), re.DOTALL)
+    items = re.findall(r"<li>(.*?)</li>", shown, re.DOTALL)
+    assert [together(note) for note in notes] == [html.unescape(item) for item in items]
+    assert run([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notices"] == notes
 
 
 @pytest.mark.slow

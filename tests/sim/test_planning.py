@@ -122,12 +122,12 @@ def test_a_mini_batch_begins_no_larger_than_its_maximum_and_no_smaller_than_it_m
 def test_only_mini_batches_that_are_planned_are_said_to_be_uneven(trace: Trace) -> None:
     """64, 96 and 128 images: by 5 GPUs none divides, by 64 only 96 does not, which a fixed one never is."""
     fixed = [
-        [note for note in planned(trace, gpus, scaling="strong", minibatch=kind).notes if "does not divide" in note]
+        [note for note in planned(trace, gpus, scaling="strong", minibatch=kind).notes if "cannot share" in note]
         for gpus, kind in ((5, "fixed"), (64, "fixed"), (64, "recorded"))
     ]
-    assert fixed[0] == ["a global mini-batch of 64 does not divide by 5 GPUs: rounded up to 13 per GPU, 65 in all"]
+    assert fixed[0] == ["5 GPUs cannot share a global mini-batch of 64 evenly: rounded up to 13 per GPU, 65 in all"]
     assert fixed[1] == []
-    assert fixed[2] == ["a global mini-batch of 96 does not divide by 64 GPUs: rounded up to 2 per GPU, 128 in all"]
+    assert fixed[2] == ["64 GPUs cannot share a global mini-batch of 96 evenly: rounded up to 2 per GPU, 128 in all"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import msgspec
 
 from ptsim.sim.faults import FaultyRun
 from ptsim.sim.options import HourPrice
-from ptsim.sim.projection import EpochProjection, RunProjection, projection_row
+from ptsim.sim.projection import EpochProjection, RunProjection, projection_row, told_notes
 
 STEP = EpochProjection(
     epoch=3,
@@ -173,3 +173,20 @@ def test_the_row_of_an_epoch_is_its_step_times_the_iterations() -> None:
         "energy_joules": 17.0,
         "tier": "scaled",
     }
+
+
+def test_a_note_of_some_gpu_counts_begins_with_them_and_one_of_all_is_said_once() -> None:
+    notes = {
+        1: ("of all", "alone"),
+        8: ("of all", "together"),
+        1024: ("of all", "together", "1,024 GPUs do not fill nodes of 9", "all 1,024 GPUs of a node"),
+    }
+    runs = [msgspec.structs.replace(RUN, gpus=gpus, notes=said) for gpus, said in notes.items()]
+    assert told_notes(runs) == [
+        "of all",
+        "1 GPU: alone",
+        "8 and 1,024 GPUs: together",
+        "1,024 GPUs do not fill nodes of 9",
+        "1,024 GPUs: all 1,024 GPUs of a node",
+    ]
+    assert told_notes([RUN]) == told_notes([RUN, RUN]) == ["one", "two"]
