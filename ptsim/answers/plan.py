@@ -34,6 +34,7 @@ from ptsim.trace.schema import (
     gone_share,
 )
 from ptsim.trace.trace import Trace, product_sizes
+from ptsim.units import listed
 
 if TYPE_CHECKING:
     from ptsim.prune.trajectories.build import Dense, Step
@@ -98,13 +99,14 @@ def plan(model: str, options: PlanOptions | None = None, **changes: Any) -> Trac
     """
     from ptsim import zoo
     from ptsim.prune.trajectories import find_kind
-    from ptsim.prune.trajectories.build import dense_network
 
     wanted = changed(options or PlanOptions(), changes)
     if not 1 <= wanted.draws <= MOST_DRAWS:
         raise UsageError(f"draws is {wanted.draws}, expected 1 to {MOST_DRAWS}")
     kind = find_kind(wanted.pruning)
     asked = _asked(model, wanted)
+    from ptsim.prune.trajectories.build import dense_network  # imports torch: what is missing has been told by now
+
     entry = zoo.find(model)
     dense = dense_network(
         lambda: entry.build(num_classes=asked.num_classes),
@@ -170,15 +172,17 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
     from ptsim import zoo
     from ptsim.prune.trajectories.catalog import published_runs
 
-    entry, published = zoo.find(model), published_runs().get(options.pruning)
+    published = published_runs().get(options.pruning)
+    if published is None:
+        _check_given(options)
+    entry = zoo.find(model)
 
     def given(name: str, value: int | None, default: int | None = None) -> int:
         if value is None and published is not None:
             value = getattr(published, name)
         if value is None:
             value = default
-        if value is None:
-            raise UsageError(f"{name} is needed to plan a run", hint=f"give --{name}")
+        assert value is not None, "what has no default was given"
         if value < 1:
             raise UsageError(f"{name} is {value}, expected at least 1")
         return value
@@ -205,6 +209,21 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
     )
     _check(asked)
     return asked
+
+
+def _check_given(options: PlanOptions) -> None:
+    """Refuse a run of which nobody says how long it is, before torch is imported.
+
+    Raises:
+        UsageError: names all that is missing.
+    """
+    missing = [name for name in ("images", "epochs", "batch") if getattr(options, name) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise UsageError(
+            f"{listed(missing)} {verb} needed to plan a run",
+            hint=f"give {listed([f'--{name}' for name in missing])}, or the name of a published run as --pruning",
+        )
 
 
 def _check(asked: _Asked) -> None:

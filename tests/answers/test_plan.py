@@ -529,6 +529,7 @@ class TestTrace:
             ({"draws": 101}, "draws is 101, expected 1 to 100"),
             ({"gpus": 0}, "gpus is 0, expected at least 1"),
             ({"images": None}, "images is needed to plan a run"),
+            ({"images": None, "epochs": None, "batch": None}, "images, epochs and batch are needed to plan a run"),
             ({"batch": 300, "gpus": 4}, "one step takes 1,200 images, 300 on each GPU; the data set has 1,024"),
         ],
     )
