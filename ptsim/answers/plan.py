@@ -274,12 +274,28 @@ def _data_name(given: str | None, images: int, num_classes: int, input_shape: tu
     return given or next(known, f"{images:,} images")
 
 
+class _Search(msgspec.Struct, frozen=True, kw_only=True):
+    """What a search came to: the plan that has what is aimed at, if any, and what all that were made have."""
+
+    trace: Trace | None
+    aimed: dict[str, float]
+    reached: tuple[dict[str, float], ...]
+
+
 def _planned(asked: _Asked, dense: Dense, kind: object) -> Trace:
+    search = _search(asked, dense, kind)
+    if search.trace is None:
+        raise _refusal(asked, dense, search)
+    return search.trace
+
+
+def _search(asked: _Asked, dense: Dense, kind: object) -> _Search:
     from ptsim.prune.trajectories.problem import Kind, Problem
 
     make: Kind = kind  # type: ignore[assignment] # of `find_kind`
     table = dense.table
     best: dict[str, float] = {}
+    found: list[dict[str, float]] = []
     aimed, since = {}, 0
     while since < _CORRECTIONS:
         problem = Problem(
@@ -294,14 +310,61 @@ def _planned(asked: _Asked, dense: Dense, kind: object) -> Trace:
         steps = list(dense.reconfigured(trajectory.widths))
         trace = _trace(asked, dense, trajectory, steps)
         aimed, reached = trajectory.targets, _reached(trace, trajectory)
+        found.append(reached)
         if _miss(reached, aimed) <= TOLERANCE:
-            return trace
+            return _Search(trace=trace, aimed=aimed, reached=tuple(found))
         since += 1
         if not best or _miss(reached, aimed) < 0.8 * _miss(best, aimed):
             best, since = reached, 0
         table = table.corrected(trajectory.widths, dense.network, [step.network for step in steps])
-    wanted, nearest = (", ".join(f"{name}={value:.3g}" for name, value in found.items()) for found in (aimed, best))
-    raise UsageError(f"no pruning of {asked.model} was found that has {wanted}; the nearest has {nearest}")
+    return _Search(trace=None, aimed=aimed, reached=tuple(found))
+
+
+def _refusal(asked: _Asked, dense: Dense, search: _Search) -> UsageError:
+    """Says what comes nearest, on both sides where both are found, and how to ask for it where that is planned."""
+    aimed, reached = search.aimed, search.reached
+    nearest, other = _sides(aimed, reached)
+    if other is None:
+        name = _farthest(nearest, aimed)
+        beyond = _search_for(asked, dense, aimed | {name: 2 * aimed[name] - nearest[name]})
+        nearest, other = _sides(aimed, reached if beyond is None else (*reached, *beyond.reached))
+    again = _search_for(asked, dense, nearest)
+    text = None if again is None or again.trace is None else again.trace.run.hyperparameters["pruning"]
+    wanted, found = (", ".join(f"{name}={round(value, 3):g}" for name, value in of.items()) for of in (aimed, nearest))
+    if other is not None:
+        found += f", on the other side {', '.join(f'{name}={round(value, 3):g}' for name, value in other.items())}"
+    return UsageError(
+        f"no pruning of {asked.model} was found that has {wanted}; the nearest has {found}",
+        hint=None if text is None else f"--pruning {text} asks for the nearest",
+    )
+
+
+def _search_for(asked: _Asked, dense: Dense, targets: Mapping[str, float]) -> _Search | None:
+    """The same run with other targets; None where its pruning takes none, or these cannot be."""
+    from ptsim.prune.trajectories import find_kind
+    from ptsim.prune.trajectories.catalog import with_targets
+
+    try:
+        pruning = with_targets(asked.pruning, targets)
+        return _search(msgspec.structs.replace(asked, pruning=pruning), dense, find_kind(pruning))
+    except UsageError:
+        return None
+
+
+def _sides(
+    aimed: Mapping[str, float], reached: Sequence[dict[str, float]]
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """What is nearest, and what is nearest of those that miss its farthest fraction to the other side."""
+    nearest = min(reached, key=lambda found: _miss(found, aimed))
+    name = _farthest(nearest, aimed)
+    above = nearest[name] > aimed[name]
+    others = [found for found in reached if (found[name] > aimed[name]) != above]
+    return nearest, min(others, key=lambda found: _miss(found, aimed), default=None)
+
+
+def _farthest(reached: Mapping[str, float], aimed: Mapping[str, float]) -> str:
+    """The fraction that is farthest from its target."""
+    return max(aimed, key=lambda name: abs(reached[name] - aimed[name]))
 
 
 def _reached(trace: Trace, trajectory: Trajectory) -> dict[str, float]:
