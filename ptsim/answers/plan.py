@@ -33,7 +33,7 @@ from ptsim.trace.schema import (
     gone_share,
 )
 from ptsim.trace.trace import Trace, product_sizes
-from ptsim.units import time_stamp
+from ptsim.units import listed, time_stamp
 
 if TYPE_CHECKING:
     from ptsim.prune.trajectories.build import Dense, Step
@@ -98,13 +98,14 @@ def plan(model: str, options: PlanOptions | None = None, **changes: Any) -> Trac
     """
     from ptsim import zoo
     from ptsim.prune.trajectories import find_kind
-    from ptsim.prune.trajectories.build import dense_network
 
     wanted = changed(options or PlanOptions(), changes)
     if not 1 <= wanted.draws <= MOST_DRAWS:
         raise UsageError(f"draws is {wanted.draws}, expected 1 to {MOST_DRAWS}")
     kind = find_kind(wanted.pruning)
     asked = _asked(model, wanted)
+    from ptsim.prune.trajectories.build import dense_network  # imports torch: what is missing has been told by now
+
     entry = zoo.find(model)
     dense = dense_network(
         lambda: entry.build(num_classes=asked.num_classes),
@@ -170,15 +171,17 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
     from ptsim import zoo
     from ptsim.prune.trajectories.catalog import published_runs
 
-    entry, published = zoo.find(model), published_runs().get(options.pruning)
+    published = published_runs().get(options.pruning)
+    if published is None:
+        _check_given(options)
+    entry = zoo.find(model)
 
     def given(name: str, value: int | None, default: int | None = None) -> int:
         if value is None and published is not None:
             value = getattr(published, name)
         if value is None:
             value = default
-        if value is None:
-            raise UsageError(f"{name} is needed to plan a run", hint=f"give --{name}")
+        assert value is not None, "what has no default was given"
         if value < 1:
             raise UsageError(f"{name} is {value}, expected at least 1")
         return value
@@ -205,6 +208,21 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
     )
     _check(asked)
     return asked
+
+
+def _check_given(options: PlanOptions) -> None:
+    """Refuse a run of which nobody says how long it is, before torch is imported.
+
+    Raises:
+        UsageError: names all that is missing.
+    """
+    missing = [name for name in ("images", "epochs", "batch") if getattr(options, name) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise UsageError(
+            f"{listed(missing)} {verb} needed to plan a run",
+            hint=f"give {listed([f'--{name}' for name in missing])}, or the name of a published run as --pruning",
+        )
 
 
 def _check(asked: _Asked) -> None:
@@ -255,12 +273,28 @@ def _data_name(given: str | None, images: int, num_classes: int, input_shape: tu
     return given or next(known, f"{images:,} images")
 
 
+class _Search(msgspec.Struct, frozen=True, kw_only=True):
+    """What a search came to: the plan that has what is aimed at, if any, and what all that were made have."""
+
+    trace: Trace | None
+    aimed: dict[str, float]
+    reached: tuple[dict[str, float], ...]
+
+
 def _planned(asked: _Asked, dense: Dense, kind: object) -> Trace:
+    search = _search(asked, dense, kind)
+    if search.trace is None:
+        raise _refusal(asked, dense, search)
+    return search.trace
+
+
+def _search(asked: _Asked, dense: Dense, kind: object) -> _Search:
     from ptsim.prune.trajectories.problem import Kind, Problem
 
     make: Kind = kind  # type: ignore[assignment] # of `find_kind`
     table = dense.table
     best: dict[str, float] = {}
+    found: list[dict[str, float]] = []
     aimed, since = {}, 0
     while since < _CORRECTIONS:
         problem = Problem(
@@ -275,14 +309,61 @@ def _planned(asked: _Asked, dense: Dense, kind: object) -> Trace:
         steps = list(dense.reconfigured(trajectory.widths))
         trace = _trace(asked, dense, trajectory, steps)
         aimed, reached = trajectory.targets, _reached(trace, trajectory)
+        found.append(reached)
         if _miss(reached, aimed) <= TOLERANCE:
-            return trace
+            return _Search(trace=trace, aimed=aimed, reached=tuple(found))
         since += 1
         if not best or _miss(reached, aimed) < 0.8 * _miss(best, aimed):
             best, since = reached, 0
         table = table.corrected(trajectory.widths, dense.network, [step.network for step in steps])
-    wanted, nearest = (", ".join(f"{name}={value:.3g}" for name, value in found.items()) for found in (aimed, best))
-    raise UsageError(f"no pruning of {asked.model} was found that has {wanted}; the nearest has {nearest}")
+    return _Search(trace=None, aimed=aimed, reached=tuple(found))
+
+
+def _refusal(asked: _Asked, dense: Dense, search: _Search) -> UsageError:
+    """Says what comes nearest, on both sides where both are found, and how to ask for it where that is planned."""
+    aimed, reached = search.aimed, search.reached
+    nearest, other = _sides(aimed, reached)
+    if other is None:
+        name = _farthest(nearest, aimed)
+        beyond = _search_for(asked, dense, aimed | {name: 2 * aimed[name] - nearest[name]})
+        nearest, other = _sides(aimed, reached if beyond is None else (*reached, *beyond.reached))
+    again = _search_for(asked, dense, nearest)
+    text = None if again is None or again.trace is None else again.trace.run.hyperparameters["pruning"]
+    wanted, found = (", ".join(f"{name}={round(value, 3):g}" for name, value in of.items()) for of in (aimed, nearest))
+    if other is not None:
+        found += f", on the other side {', '.join(f'{name}={round(value, 3):g}' for name, value in other.items())}"
+    return UsageError(
+        f"no pruning of {asked.model} was found that has {wanted}; the nearest has {found}",
+        hint=None if text is None else f"--pruning {text} asks for the nearest",
+    )
+
+
+def _search_for(asked: _Asked, dense: Dense, targets: Mapping[str, float]) -> _Search | None:
+    """The same run with other targets; None where its pruning takes none, or these cannot be."""
+    from ptsim.prune.trajectories import find_kind
+    from ptsim.prune.trajectories.catalog import with_targets
+
+    try:
+        pruning = with_targets(asked.pruning, targets)
+        return _search(msgspec.structs.replace(asked, pruning=pruning), dense, find_kind(pruning))
+    except UsageError:
+        return None
+
+
+def _sides(
+    aimed: Mapping[str, float], reached: Sequence[dict[str, float]]
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """What is nearest, and what is nearest of those that miss its farthest fraction to the other side."""
+    nearest = min(reached, key=lambda found: _miss(found, aimed))
+    name = _farthest(nearest, aimed)
+    above = nearest[name] > aimed[name]
+    others = [found for found in reached if (found[name] > aimed[name]) != above]
+    return nearest, min(others, key=lambda found: _miss(found, aimed), default=None)
+
+
+def _farthest(reached: Mapping[str, float], aimed: Mapping[str, float]) -> str:
+    """The fraction that is farthest from its target."""
+    return max(aimed, key=lambda name: abs(reached[name] - aimed[name]))
 
 
 def _reached(trace: Trace, trajectory: Trajectory) -> dict[str, float]:

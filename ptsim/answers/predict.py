@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ptsim.answers.subject import Subject, find_subject
+from ptsim.answers.subject import BATCH_HINT, Subject, find_subject, is_run
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import reduction
 from ptsim.costs.energy import step_energy
@@ -156,6 +158,8 @@ def predict(
     if machine is None and sharding != "none":
         raise UsageError(f"sharding {sharding} was asked for without a cluster", hint="name one with --cluster")
     calibrated = None if profile is None else read_device_profile(Path(profile))
+    by_folder = isinstance(model, str) and os.path.isdir(model)  # of a run, perhaps: if not, that is said first
+    _check_given(place=(gpu, machine, calibrated), batch=batch, needs_batch=not (is_run(model) or by_folder))
     device = _device(gpu, machine, calibrated)
     subject = find_subject(model, input_shape=asked.input_shape, num_classes=asked.num_classes)
     setting = subject.setting(
@@ -263,21 +267,34 @@ def _prediction(
     )
 
 
+def _check_given(*, place: Sequence[object], batch: int | None, needs_batch: bool) -> None:
+    """Refuse a prediction for no device or of no mini-batch, before a network is traced.
+
+    Raises:
+        UsageError: names all that is missing.
+    """
+    missing, remedies = [], []
+    if all(named is None for named in place):
+        missing.append("neither a device nor a cluster was named")
+        remedies.append("ptsim devices lists the catalog; --profile stands for the device that it was measured on")
+    if needs_batch and batch is None:
+        missing.append("no mini-batch was given")
+        remedies.append(BATCH_HINT)
+    if missing:
+        raise UsageError(", and ".join(missing), hint="; ".join(remedies))
+
+
 def _device(gpu: str | Path | Device | None, cluster: Cluster | None, calibrated: DeviceProfile | None) -> Device:
     """What was named, or else what was calibrated: a processor has no other name than in its profile.
 
     Raises:
-        UsageError: neither device nor cluster nor profile.
+        UsageError: a device or a cluster's GPU that nobody knows.
     """
     if gpu is not None:
         return load_device(gpu)
     if cluster is not None and (cluster.device is not None or calibrated is None):
         return cluster.gpu
-    if calibrated is None:
-        raise UsageError(
-            "neither a device nor a cluster was named",
-            hint="ptsim devices lists the catalog; --profile stands for the device that it was measured on",
-        )
+    assert calibrated is not None, "one of the three was given"
     return profiled_device(calibrated)
 
 

@@ -5,9 +5,10 @@ What a prediction may see is said in `answers.validate`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -195,27 +196,37 @@ def source_of(
         others = [other for other in runs if other.fingerprint != trace.fingerprint]  # a copy is the run itself
         if not others:
             raise UsageError("holdout needs a device profile or a second run to predict from")
-        profile = device_profile_of(others)
+        profile = msgspec.structs.replace(device_profile_of(others), called="the other runs' profile")
     elif holdout and _is_among(trace, profile):
         raise UsageError(f"holdout needs a device profile of other runs; this one was calibrated on {trace.path}")
     known = profile
-    known.check_device(run.device.name)
+    with _naming(trace, of_others):
+        known.check_device(run.device.name)
     doubts = (*known.doubts(run.versions), *_untold_threads(trace, known))
 
     def profiled(epoch: Epoch) -> StepTime:
-        try:
+        with _naming(trace, of_others):
             return profiled_step(trace.network_of(epoch), known, trace.setting_of(epoch))
-        except MissingMeasurementError as error:
-            if not of_others:
-                raise
-            problem = f"{trace.path} cannot be predicted from the other runs: {error.message}"
-            raise MissingMeasurementError(problem, hint=error.hint) from error
 
     return profiled, _Pace(
         input_s_per_image=known.input_s_per_image.get(run.dataset.name),
         reconfiguration_s=known.reconfiguration_s,
         doubts=doubts,
     )
+
+
+@contextlib.contextmanager
+def _naming(trace: Trace, of_others: bool) -> Iterator[None]:
+    """Inside, what the other runs did not measure is said of the run that is predicted from them alone."""
+    try:
+        yield
+    except MissingMeasurementError as error:
+        if not of_others:
+            raise
+        raise MissingMeasurementError(
+            f"{trace.path} cannot be predicted: {error.message}",
+            hint="name other runs that measured it, too, or a device profile that did: --profile",
+        ) from error
 
 
 def _untold_threads(trace: Trace, profile: DeviceProfile) -> tuple[str, ...]:
@@ -228,9 +239,9 @@ def _untold_threads(trace: Trace, profile: DeviceProfile) -> tuple[str, ...]:
     if profile.num_threads == threads:
         return ()
     if profile.num_threads is not None:
-        problem = f"{trace.path} ran with {threads} threads, the device profile with {profile.num_threads}"
+        problem = f"{trace.path} ran with {threads} threads, {profile.called} with {profile.num_threads}"
         raise MissingMeasurementError(problem)
-    return (f"the device profile does not say how many threads it was recorded with, the run had {threads}",)
+    return (f"{profile.called} does not say how many threads it was recorded with, the run had {threads}",)
 
 
 def _is_among(trace: Trace, profile: DeviceProfile) -> bool:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     SubjectLike: TypeAlias = str | Path | Trace | Network | nn.Module
 
+BATCH_HINT = "batch is the number of images per GPU and step"
+
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked about.
@@ -75,7 +77,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
         if batch is None:
             batch = recorded.batch or default_batch
         if batch is None:
-            raise UsageError("no mini-batch was given", hint="batch is the number of images per GPU and step")
+            raise UsageError("no mini-batch was given", hint=BATCH_HINT)
         return StepSetting(
             batch=whole_number("batch", batch),
             precision=recorded.precision if precision is None else parse_precision(precision),
@@ -134,12 +136,18 @@ def _as_trace(subject: Any) -> Trace | None:
     """The trace that `subject` is or names; None for a network."""
     if isinstance(subject, Trace):
         return subject
+    return read_trace(Path(subject)) if is_run(subject) else None
+
+
+def is_run(subject: Any) -> bool:
+    """Whether `subject` is a trace or names one, which need not be there."""
+    if isinstance(subject, Trace):
+        return True
     if not isinstance(subject, str | Path) or ".py:" in str(subject):
-        return None
+        return False
     path = Path(subject)
-    is_run = isinstance(subject, Path) or path.is_file() or (path / "trace.jsonl").is_file()
-    looks_like_one = len(path.parts) > 1 or path.suffix in (".jsonl", ".json")
-    return read_trace(path) if is_run or looks_like_one else None
+    there = isinstance(subject, Path) or path.is_file() or (path / "trace.jsonl").is_file()
+    return there or len(path.parts) > 1 or path.suffix in (".jsonl", ".json")
 
 
 def captured(subject: Any, input_shape: tuple[int, int, int] | None, num_classes: int | None) -> Network:

@@ -11,7 +11,7 @@ from ptsim.cli.options import Json
 from ptsim.cli.reading import parse_bytes
 from ptsim.costs.collectives import all_reduce, nodes_for
 from ptsim.hardware.catalog import load_cluster
-from ptsim.units import format_bytes, format_seconds, interval
+from ptsim.units import format_bandwidth, format_bytes, format_seconds, interval
 
 
 def allreduce(
@@ -59,5 +59,5 @@ def allreduce(
     )
     console.print(
         f"{result.algorithm}, tier {result.tier}; {format_bytes(result.wire_bytes_per_gpu)} sent per GPU, "
-        f"{bus / 1e9:.4g} GB/s bus bandwidth"
+        f"{format_bandwidth(bus)} bus bandwidth"
     )

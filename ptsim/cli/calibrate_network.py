@@ -14,7 +14,7 @@ from ptsim.cli.reading import check_output
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import AllReduceTable, Cluster
 from ptsim.textfile import check_writable
-from ptsim.units import format_bytes, format_seconds
+from ptsim.units import format_bandwidth, format_bytes, format_seconds
 
 _LEAST_BYTES, _MOST_BYTES = 2**10, 2**34
 _UP_TO, _ITERATIONS = 2**26, 20
@@ -109,7 +109,7 @@ def _show(cluster: Cluster) -> None:
             f"jitter {jitter}; tier measured"
         )
         for line in found.segments:
-            rate = f"{1 / line.seconds_per_byte / 1e9:.4g} GB/s" if line.seconds_per_byte else "no growth"
+            rate = format_bandwidth(1 / line.seconds_per_byte) if line.seconds_per_byte else "no growth"
             console.print(f"  from {format_bytes(line.from_bytes)}: {format_seconds(line.latency_s)} + bytes / {rate}")
 
 

@@ -27,7 +27,7 @@ from ptsim.cli import crash
 from ptsim.cli.common import PipedConsole, say
 from ptsim.cli.reading import check_number
 from ptsim.errors import PtsimError, UnknownNameError, UsageError, lacks_memory
-from ptsim.units import MIB
+from ptsim.units import MIB, listed
 
 app = cyclopts.App(
     name="ptsim",
@@ -61,6 +61,7 @@ COMMANDS = {
 }
 
 _HELP = "ptsim --help lists the commands; ptsim COMMAND --help their options"
+_CLUSTERS = "ptsim clusters lists the catalog"
 # What a command does while one waits; the others show their own progress.
 _WORKS = {
     "inspect": "tracing the network and proving that pruning it is exact",
@@ -199,12 +200,26 @@ def _refuse_what_would_be_changed(
                 raise UsageError(f"{name} is empty, expected a path")
 
 
+def _name_all_that_is_missing(
+    _app: cyclopts.App, _commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection
+) -> None:
+    """Several at once; for a single one cyclopts has the sentence, and what may have been meant."""
+    missing = [
+        argument.name
+        for argument in arguments
+        if argument.parse and argument.field_info.required and not argument.keys and not argument.has_tokens
+    ]
+    if len(missing) > 1:
+        clusters = f"{_CLUSTERS}; " if "--cluster" in missing else ""
+        raise UsageError(f"{listed(missing)} are missing", hint=clusters + _HELP)
+
+
 def _kinds(hint: Any) -> set[Any]:
     """The type of an option, and those that it is made of."""
     return {hint}.union(*map(_kinds, typing.get_args(hint)))
 
 
-app.config = (_refuse_what_would_be_changed,)
+app.config = (_refuse_what_would_be_changed, _name_all_that_is_missing)
 
 
 def _tell_what_it_does(tokens: list[str]) -> None:
@@ -228,7 +243,7 @@ def _fail_usage(error: cyclopts.CycloptsError) -> int:
     if isinstance(error, cyclopts.UnusedCliTokensError):
         return _fail(f"unexpected argument {(error.unused_tokens or ['?'])[0]!r}", _HELP)
     text = " ".join(str(error).split())
-    clusters = "ptsim clusters lists the catalog" if "--cluster requires" in text else None
+    clusters = _CLUSTERS if "--cluster requires" in text else None
     return _fail(text, _setting_of(error) or clusters or _HELP)
 
 

@@ -14,7 +14,7 @@ from ptsim.cli.common import print_json, stdout_console, users_code
 from ptsim.cli.options import Json, NetworkOptions, OptimizerOfTrace, Profile
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName, Sharding
-from ptsim.units import format_bytes, format_joules, format_seconds, interval
+from ptsim.units import format_bytes, format_joules, format_seconds, interval, shown_number
 
 
 def predict(
@@ -76,10 +76,10 @@ def _print(p: Prediction) -> None:
     console = stdout_console(highlight=False)
     where = f"{p.gpus} × {p.device}" + (f" of {p.cluster}" if p.cluster else "")
     console.print(f"{p.model} on {where}: mini-batch {p.batch} per GPU, {p.precision}, {p.memory_format}")
-    rates = interval(f"{p.low_images_per_second:.4g}", f"{p.high_images_per_second:.4g}")
+    rates = interval(shown_number(None, p.low_images_per_second), shown_number(None, p.high_images_per_second))
     times = interval(format_seconds(p.low), format_seconds(p.high))
     console.print(
-        f"{p.images_per_second:.4g} images/s ({rates}, 90 %), "
+        f"{shown_number(None, p.images_per_second)} images/s ({rates}, 90 %), "
         f"{format_seconds(p.step_seconds)} per step ({times}); tier: {p.tier}"
         + (f", network: {p.network_tier}" if p.network_tier else "")
         + ("" if p.mfu_fraction is None else f"; MFU {p.mfu_fraction:.1%}")

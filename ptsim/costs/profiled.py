@@ -58,7 +58,9 @@ def profiled_step(network: Network, profile: DeviceProfile, setting: StepSetting
     measured = OperatorSetting(precision=setting.precision, memory_format=setting.memory_format)
     profile.check_setting(measured)
     on_gpu, copying = profile.kind == "cuda", profile.copy_bandwidth_bytes_per_s
-    device = _device(profile.device, on_gpu, profile.operators, profile.steps, measured, copying)
+    device = _device(
+        f"{profile.called} of {profile.device}", on_gpu, profile.operators, profile.steps, measured, copying
+    )
     return device.step(network, setting)
 
 
@@ -202,7 +204,7 @@ class _Device:
         if layer.kind is LayerKind.CONV:
             what = f"{convolution_form(layer.groups, layer.in_channels)} {layer.op}"
         raise MissingMeasurementError(
-            f"the device profile of {self._name} has no {what} in {self._setting}, which layer {layer.name} "
+            f"{self._name} has no {what} in {self._setting}, which layer {layer.name} "
             f"({layer.op}) of {network.name} needs",
             hint="`ptsim calibrate gpu --trace RUN --out FILE.toml` measures the operators of a run",
         )
@@ -248,7 +250,7 @@ class _Device:
         known = [(step, value) for step in self._steps if (value := seconds_of(step))]
         if not known:
             raise MissingMeasurementError(
-                f"the device profile of {self._name} holds {missing} in {self._setting}",
+                f"{self._name} holds {missing} in {self._setting}",
                 hint="`ptsim calibrate gpu --trace RUN --out FILE.toml` measures a run with what it trains with",
             )
         features = np.array([_update_features(step.num_parameters, step.num_tensors) for step, _ in known])

@@ -191,6 +191,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
         load: how quiet the machine was, None where nobody looked.
         sources: files that the steps come from: traces, or recordings of another profiler.
         runs: the fingerprints of those that are traces, which their copies have as well.
+        called: what sentences call it; files do not say it.
     """
 
     created: str
@@ -211,12 +212,13 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
     runs: tuple[str, ...] = ()
     operators: tuple[OperatorTime, ...] = ()
     steps: tuple[StepMeasurement, ...] = ()
+    called: str = "the device profile"
 
     @property
     def disturbance(self) -> str | None:
         """What a user must know before trusting its times: the machine was not quiet. None if it was."""
         said = None if self.load is None else self.load.disturbance(self.num_threads)
-        return None if said is None else f"the device profile was not measured on a quiet machine: {said}"
+        return None if said is None else f"{self.called} was not measured on a quiet machine: {said}"
 
     def doubts(self, versions: Mapping[str, str] | None = None, *, num_gpus: int | None = None) -> tuple[str, ...]:
         """Sentences that belong beside every number made from this profile.
@@ -228,17 +230,17 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
         said = [] if self.disturbance is None else [self.disturbance]
         mine, theirs = self.software.get("torch"), (versions or {}).get("torch")
         if mine and theirs and _release(mine) != _release(theirs):
-            said.append(f"the device profile was measured with torch {mine}, the run used torch {theirs}")
+            said.append(f"{self.called} was measured with torch {mine}, the run used torch {theirs}")
         most = max((step.num_samples for step in self.steps), default=_FEW_STEPS)
         if most < _FEW_STEPS:
             share = (most - 1) / (most + 1)  # of further values, in the range of so many
             said.append(
-                f"the spread of steps is that of the {most} in the device profile; on average {share:.0%} of all steps "
+                f"the spread of steps is that of the {most} in {self.called}; on average {share:.0%} of all steps "
                 "lie in such a range"
             )
         if num_gpus == 1 and any(step.data_parallel for step in self.steps):
             said.append(
-                "the device profile was recorded on one of several GPUs: its steps hold what their gradients' hooks "
+                f"{self.called} was recorded on one of several GPUs: its steps hold what their gradients' hooks "
                 "and the collectives beside them cost, which a single GPU does not pay"
             )
         return tuple(said)
@@ -256,7 +258,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
         """
         if name != self.device:
             raise MissingMeasurementError(
-                f"the device profile was measured on {self.device!r}, not on {name!r}",
+                f"{self.called} was measured on {self.device!r}, not on {name!r}",
                 hint=f"run `ptsim calibrate gpu --out FILE.toml` on {name}",
             )
 
@@ -269,7 +271,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
         if setting not in self.settings:
             known = ", ".join(map(str, self.settings)) or "nothing yet"
             raise MissingMeasurementError(
-                f"the device profile of {self.device} holds {known}, not {setting}",
+                f"{self.called} of {self.device} holds {known}, not {setting}",
                 hint=f"run `ptsim calibrate gpu --precision {setting.precision} --memory-format "
                 f"{setting.memory_format} --out FILE.toml`",
             )

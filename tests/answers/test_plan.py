@@ -194,6 +194,32 @@ class TestTargets:
         with pytest.raises(UsageError, match=problem):
             plan(model, **BASE, pruning=pruning)
 
+    @pytest.mark.slow
+    def test_a_narrow_network_is_told_the_nearest_on_both_sides_and_how_to_ask_for_it(self, tmp_path: Path) -> None:
+        """With a and b channels it has 48a + 16ab + 10b MACs: 0.455, then 0.533 of dense, and nothing between."""
+        file = tmp_path / "narrow.py"
+        file.write_text(
+            "from torch import nn\n"
+            "def narrow(num_classes=10):\n"
+            "    return nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False),\n"
+            "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))\n"
+        )
+        size = {**BASE, "epochs": 60, "input_shape": (3, 4, 4)}
+        possible = sorted((48 * a + 16 * a * b + 10 * b) / 488 for a in range(1, 5) for b in range(1, 5))
+        assert not [share for share in possible if 0.456 < share < 0.532]
+        with pytest.raises(UsageError, match=r"narrow was found that has training=0.75, inference=0.5; ") as caught:
+            plan(f"{file}:narrow", **size, pruning="training=0.75,inference=0.5")
+        told = caught.value.message.partition("; the nearest has ")[2].split(", on the other side ")
+        nearest, other = (float(text.rpartition("inference=")[2]) for text in told)
+        assert min(nearest, other) < 0.456
+        assert max(nearest, other) > 0.532
+        for share in (nearest, other):
+            assert min(abs(share - it) for it in possible) < 0.001
+        option, _, rest = (caught.value.hint or "").removeprefix("--pruning ").partition(" ")
+        assert rest == "asks for the nearest"
+        found = fractions(plan(f"{file}:narrow", **size, pruning=option))
+        assert found.inference_flops_fraction == pytest.approx(nearest, abs=0.001)
+
 
 class TestEngine:
     @pytest.mark.slow
@@ -529,6 +555,7 @@ class TestTrace:
             ({"draws": 101}, "draws is 101, expected 1 to 100"),
             ({"gpus": 0}, "gpus is 0, expected at least 1"),
             ({"images": None}, "images is needed to plan a run"),
+            ({"images": None, "epochs": None, "batch": None}, "images, epochs and batch are needed to plan a run"),
             ({"batch": 300, "gpus": 4}, "one step takes 1,200 images, 300 on each GPU; the data set has 1,024"),
         ],
     )

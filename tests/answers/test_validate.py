@@ -219,11 +219,42 @@ def test_one_run_alone_is_no_hold_out(runs):
         validate(runs[:1], holdout=True)
 
 
-def test_a_pruned_run_that_the_dense_one_alone_cannot_predict_is_named(tmp_path):
+def test_a_pruned_run_that_the_dense_one_alone_cannot_predict_is_named(tmp_path, capsys):
     dense, pruned = dense_trace(tmp_path / "d.jsonl", epochs=1), shrinking_trace(tmp_path / "p.jsonl", epochs=1)
-    says = r"p\.jsonl cannot be predicted from the other runs: .* holds no step with a regulariser"
+    says = r"p\.jsonl cannot be predicted: the other runs' profile of NVIDIA A100.* holds no step with a regulariser"
     with pytest.raises(MissingMeasurementError, match=says):
         validate([dense, pruned], holdout=True)
+    assert run(["validate", str(dense), str(pruned), "--holdout"]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert "device profile" not in error
+    assert hint == "hint: name other runs that measured it, too, or a device profile that did: --profile"
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "says"),
+    [
+        (
+            {},
+            {"device": "NVIDIA L4"},
+            "the other runs' profile was measured on 'NVIDIA L4', not on 'NVIDIA A100-SXM4-40GB'",
+        ),
+        ({"precision": Precision.BF16}, {}, "the other runs' profile of NVIDIA A100-SXM4-40GB holds fp32 "),
+    ],
+)
+def test_runs_of_another_setting_predict_nothing_and_no_device_profile_is_spoken_of(tmp_path, mine, others, says):
+    """Nobody gave one: the prediction is from what the other runs measured."""
+    runs = [dense_trace(tmp_path / "a.jsonl", **mine), dense_trace(tmp_path / "b.jsonl", seed=1, **others)]
+    with pytest.raises(MissingMeasurementError) as caught:
+        validate(runs, holdout=True)
+    assert f"a.jsonl cannot be predicted: {says}" in caught.value.message
+
+
+def test_a_hold_out_says_what_is_to_be_known_of_the_other_runs(tmp_path):
+    mine, other = (ptsim.read_trace(dense_trace(tmp_path / f"{n}.jsonl", seed=n, **LONG)) for n in (0, 1))
+    older = msgspec.structs.replace(other.run, versions={**other.run.versions, "torch": "2.0.0"})
+    notes = validate([mine, msgspec.structs.replace(other, run=older)], holdout=True).runs[0].notes
+    assert any(note.startswith("the other runs' profile was measured with torch 2.0.0") for note in notes)
+    assert not any("device profile" in note for note in notes)
 
 
 def test_a_profile_that_lacks_an_epochs_mini_batch_is_named(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,8 +36,9 @@ WRONG = {
     "cost pruned --input 3,8,8": "a trace holds the input shape",
     "plan resnet20": "--out",
     "plan nosuch --images 9 --epochs 1 --batch 1 -o new": "unknown model 'nosuch'",
-    "plan resnet20 -o new": "images is needed",
-    "plan resnet20 --images 9 --epochs 1 -o new": "batch is needed",
+    "plan resnet20 -o new": "images, epochs and batch are needed to plan a run",
+    "plan resnet20 --epochs 1 -o new": "images and batch are needed to plan a run",
+    "plan resnet20 --images 9 --epochs 1 -o new": "batch is needed to plan a run",
     "plan resnet20 --images 9 --epochs 2 --batch 1 --interval 3 -o new": "more than the 2 epochs",
     "plan resnet20 --images 9 --epochs 2 --interval 1 --batch 10 -o new": "the data set has 9",
     "plan resnet20 --images 9 --epochs 2 --batch 1 --interval 1 --draws 0 -o new": "draws is 0",
@@ -119,12 +122,19 @@ WRONG = {
     "validate missing": "missing: no trace here",
     "validate pruned --profile empty": "not a device profile",
     "validate pruned --holdout": "second run",
+    "allreduce": "--cluster, --gpus and --bytes are missing",
+    "allreduce --gpus 8": "--cluster and --bytes are missing",
+    "allreduce --cluster dgx-a100 --gpus 8": '--bytes" requires an argument',
+    "export": "--trace, --format and --out are missing",
     "allreduce --cluster dgx-a100 --gpus 0 --bytes 1": "0 GPUs",
     "allreduce --cluster dgx-a100 --gpus many --bytes 1": '"many"',
     "allreduce --cluster dgx-a100 --gpus 8 --bytes -1": "non-negative",
     "allreduce --cluster dgx-a100 --gpus 8 --bytes ''": "is not a number with a unit",
     "allreduce --cluster dgx-a100 --gpus 8 --bytes 1e400MiB": "whole, non-negative number",
     "predict resnet20 --batch 8": "neither a device nor a cluster",
+    "predict resnet20": "neither a device nor a cluster was named, and no mini-batch was given",
+    "predict resnet20 --gpu a100": "no mini-batch was given",
+    "predict folder --gpu a100": "folder: no trace here",
     "predict resnet20 --batch 0 --gpu v100": "mini-batch 0",
     "predict resnet20 --batch 8 --gpu v100 --precision tf32": "does not support tf32",
     "predict resnet20 --batch 8 --gpu v100 --gpus 8": "without a cluster",
@@ -288,3 +298,22 @@ def test_wrong_input_is_one_sentence_and_changes_nothing(
     assert WRONG[line] in errors[0]
     assert "Traceback" not in captured.err
     assert contents(place) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("plan resnet20 --epochs 1 -o new", "images and batch are needed"),
+        ("plan resnet20 --pruning lym2019/nosuch -o new", "unknown pruning"),
+        ("predict resnet20 --gpu a100", "no mini-batch was given"),
+    ],
+)
+def test_what_is_missing_is_told_before_torch_is_imported(line: str, says: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from ptsim.cli.main import run; "
+        f"status = run({shlex.split(line)}); sys.exit((status != 2) + 2 * ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert says in done.stderr

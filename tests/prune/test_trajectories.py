@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from torch import nn
 from ptsim.errors import UsageError
 from ptsim.network import Layer, LayerKind
 from ptsim.prune.trajectories.build import dense_network
+from ptsim.prune.trajectories.catalog import with_targets
 from ptsim.prune.trajectories.file import from_file
 from ptsim.prune.trajectories.like import imitate, recorded_densities
 from ptsim.prune.trajectories.problem import Edge, Problem, Trajectory
@@ -281,8 +283,34 @@ def test_the_most_memory_bound_branches_go_as_a_whole() -> None:
 
 
 def test_what_no_course_can_give_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UsageError, match=r"has training=0.3 with inference=0.4; the nearest is training=0.46"):
+    with pytest.raises(
+        UsageError, match=r"has training=0.3 with inference=0.4; the nearest is training=0.46"
+    ) as caught:
         meet(Targets(training=0.3, inference=0.4), even([1, 1]), source="here")  # an epoch of 1 and nine of 0.4
+    assert re.fullmatch(r"--pruning training=0.46\d?,inference=0.4 asks for the nearest", caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "expected"),
+    [
+        ("training=0.6,inference=0.5", {"training": 0.6123, "inference": 0.49}, "training=0.612,inference=0.49"),
+        (
+            "inference=0.5,training=0.6,bn=0.7,layers=0,saturates=0.4",
+            {"bn": 0.71},
+            "training=0.6,inference=0.5,bn=0.71,layers=0,saturates=0.4",
+        ),
+        ("like:runs/a,b/trace.jsonl,inference=0.5", {"inference": 0.4834}, "like:runs/a,b/trace.jsonl,inference=0.483"),
+        ("lym2019/resnet32-cifar10", {"inference": 0.5}, r"training=0\.\d+,inference=0\.5.*"),
+    ],
+)
+def test_a_pruning_is_written_with_other_targets(text: str, wanted: dict[str, float], expected: str) -> None:
+    assert re.fullmatch(expected, with_targets(text, wanted))
+
+
+def test_a_pruning_without_targets_takes_none() -> None:
+    for text in ("none", "like:runs/trace.jsonl", "densities.toml"):
+        with pytest.raises(UsageError):
+            with_targets(text, {"inference": 0.5})
 
 
 def test_a_planned_network_has_the_widths_and_the_costs_by_hand() -> None:

@@ -5,14 +5,17 @@ One TOML file per publication beside this module; adding a run is adding a table
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from ptsim.errors import FileFormatError
+from ptsim.prune.trajectories.like import PREFIX, STRENGTH
 from ptsim.prune.trajectories.problem import Problem, Trajectory, register
-from ptsim.prune.trajectories.targets import Targets, meet
+from ptsim.prune.trajectories.targets import Targets, meet, parse_targets, written
 from ptsim.textfile import read_toml
 
 
@@ -40,6 +43,11 @@ class PublishedRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     bn: float | None = None
     layers: float | None = None
 
+    @property
+    def targets(self) -> Targets:
+        """Its fractions of dense."""
+        return Targets(training=self.training, inference=self.inference, bn=self.bn, layers=self.layers)
+
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     run: tuple[PublishedRun, ...]
@@ -62,5 +70,17 @@ def published_runs() -> dict[str, PublishedRun]:
 def from_catalog(text: str, problem: Problem) -> Trajectory:
     """The trajectory of a published run."""
     run = published_runs()[text]
-    targets = Targets(training=run.training, inference=run.inference, bn=run.bn, layers=run.layers)
-    return meet(targets, problem, source=run.source)
+    return meet(run.targets, problem, source=run.source)
+
+
+def with_targets(text: str, wanted: Mapping[str, float]) -> str:
+    """What `--pruning` is to be in place of `text`, for these fractions.
+
+    Raises:
+        UsageError: such a pruning aims at no fractions.
+    """
+    if text.startswith(PREFIX) and STRENGTH in text:
+        return f"{text.partition(STRENGTH)[0]}{STRENGTH}{round(wanted['inference'], 3):g}"
+    run = published_runs().get(text)
+    targets = parse_targets(text) if run is None else run.targets
+    return written(dataclasses.replace(targets, **wanted))

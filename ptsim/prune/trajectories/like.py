@@ -19,19 +19,19 @@ from ptsim.trace.pace import changes
 from ptsim.trace.schema import Assumption
 from ptsim.trace.trace import Trace
 
-_PREFIX = "like:"
+PREFIX = "like:"
 STRENGTH = ",inference="  # what may follow the trace
 _STRENGTHS = -12.0, 8.0  # logarithms of the power of densities
 
 
-@register(lambda: ("like:TRACE[,inference=…]",), lambda text: text.startswith(_PREFIX))
+@register(lambda: ("like:TRACE[,inference=…]",), lambda text: text.startswith(PREFIX))
 def from_trace(text: str, problem: Problem) -> Trajectory:
     """The trajectory of "like:TRACE" or "like:TRACE,inference=0.47".
 
     Raises:
         UsageError: what `imitate` raises, no trace is named, or the fraction is no number above 0 and at most 1.
     """
-    name, given, value = text.removeprefix(_PREFIX).partition(STRENGTH)
+    name, given, value = text.removeprefix(PREFIX).partition(STRENGTH)
     if not name:
         raise UsageError(f"pruning {text!r} names no trace, expected like:TRACE")
     if not given:

@@ -157,7 +157,8 @@ def find_kind(text: str) -> Kind:
     """
     package = importlib.import_module(__package__ or "ptsim.prune.trajectories")
     for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+        if module.name != "build":  # it needs torch, which takes seconds, and holds no kind
+            importlib.import_module(f"{package.__name__}.{module.name}")
     for kind in _KINDS:
         if kind.matches(text):
             return kind.make

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,8 +18,9 @@ from ptsim.costs.flops import inference_macs, layer_macs, training_macs
 from ptsim.costs.kernels import BATCH_NORM_BACKWARD, BATCH_NORM_FORWARD
 from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.network import LayerKind, Network
-from ptsim.prune.groups import ChannelGroups
-from ptsim.prune.labels import WIDTH
+
+if TYPE_CHECKING:
+    from ptsim.prune.groups import ChannelGroups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,8 @@ def cost_table(
         dies_with: layer → edges whose emptiness removes it.
         full: the dense width of every edge.
     """
+    from ptsim.prune.labels import WIDTH
+
     weighted = {layer.layer: layer for layer in groups.layers}
     rows = [layer for layer in network.layers if layer.kind in (LayerKind.CONV, LayerKind.LINEAR, LayerKind.BATCH_NORM)]
     others = [layer for layer in network.layers if layer.kind is LayerKind.MATMUL]

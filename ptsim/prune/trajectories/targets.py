@@ -73,6 +73,16 @@ def parse_targets(text: str) -> Targets:
     return Targets(**found)
 
 
+def written(targets: Targets) -> str:
+    """The targets as `parse_targets` reads them, to a tenth of a percentage point."""
+    values = {name: getattr(targets, name) for name in NAMES}
+    return ",".join(
+        f"{name}={round(value, 3):g}"
+        for name, value in values.items()
+        if value is not None and (name, value) != ("saturates", 1.0)
+    )
+
+
 @register(lambda: ("training=…,inference=…[,bn=…,layers=…,saturates=…]",), _is_targets)
 def from_targets(text: str, problem: Problem) -> Trajectory:
     """The trajectory of targets on the command line."""
@@ -145,7 +155,7 @@ class _Solver:
         """Refuse a BatchNorm traffic from which the nearest widths that were found are still far."""
         nearest = self._over_run(self.table.fractions(widths)[2])
         if abs(nearest - bn) > 2 * TOLERANCE:  # the table may be a little wrong; the networks themselves are checked
-            self._fail(f"bn={bn:g}", f"bn={nearest:.2f}")
+            self._fail(f"bn={bn:g}", bn=nearest)
 
     def widths(self, tilt: float) -> Widths:
         """Whole widths after every reconfiguration that meet inference and training FLOPs."""
@@ -210,7 +220,7 @@ class _Solver:
             dead, chosen[edge] = after, True
             gone = float((dead & convolutions).sum())
         if gone < goal - max(1.5, TOLERANCE * len(convolutions)):
-            self._fail(f"layers={layers:g}", f"layers={gone / convolutions.sum():.2f}")
+            self._fail(f"layers={layers:g}", layers=gone / float(convolutions.sum()))
         return chosen
 
     def _check(self) -> None:
@@ -219,18 +229,20 @@ class _Solver:
         hazard = np.where(self.vanishing, np.inf, np.ones(len(self.problem.edges)))
         smallest = float(table.fractions(self._rounded(np.ones(1), 60.0 * hazard))[0][-1])
         if targets.inference < smallest - TOLERANCE:
-            self._fail(f"inference={targets.inference:g}", f"inference={smallest:.2f}")
+            self._fail(f"inference={targets.inference:g}", inference=smallest)
         likely = self._hazard(DEFAULT_TILT)
         ends = [self._over_run(table.fractions(self._at(course, likely))[1]) for course in _COURSES]
         if not min(ends) - TOLERANCE <= targets.training <= max(ends) + TOLERANCE:
             nearest = min(ends, key=lambda end: abs(end - targets.training))
-            self._fail(f"training={targets.training:g} with inference={targets.inference:g}", f"training={nearest:.2f}")
+            self._fail(f"training={targets.training:g} with inference={targets.inference:g}", training=nearest)
 
-    def _fail(self, wanted: str, nearest: str) -> None:
+    def _fail(self, wanted: str, **nearest: float) -> None:
         problem = self.problem
+        name, value = next(iter(nearest.items()))
         raise UsageError(
             f"no pruning of {problem.model} with {len(problem.events)} reconfigurations in {problem.epochs} epochs "
-            f"has {wanted}; the nearest is {nearest}"
+            f"has {wanted}; the nearest is {name}={value:.2f}",
+            hint=f"--pruning {written(dataclasses.replace(self.targets, **nearest))} asks for the nearest",
         )
 
 
