@@ -159,7 +159,7 @@ def step_penalty(network: Network, setting: StepSetting, *, gpu: bool) -> Penalt
     exact = next((penalty for penalty in told if penalty.architecture == network.id), None)
     if exact is not None:
         return PenaltyWork(num_bytes=exact.num_bytes, num_launches=exact.num_launches)
-    if not told or criterion in CRITERIA.names():
+    if not told or criterion in CRITERIA:
         return penalty_work(criterion, network, gpu=gpu, proximal=setting.proximal)
     near = min(told, key=lambda penalty: abs(penalty.num_parameters - network.num_parameters))
     share = network.num_parameters / max(1, near.num_parameters)
@@ -168,7 +168,7 @@ def step_penalty(network: Network, setting: StepSetting, *, gpu: bool) -> Penalt
 
 def told_penalty(criterion: object, network: Network) -> PenaltyWork | None:
     """What a trace has to say of a criterion, so that it can be read without its package; None of ptsim's own."""
-    if not isinstance(criterion, str) or criterion in _OWN or criterion not in CRITERIA.names():
+    if not isinstance(criterion, str) or criterion in _OWN or criterion not in CRITERIA:
         return None
     return penalty_work(criterion, network, gpu=True)
 

@@ -78,7 +78,7 @@ def validate_mllog(
     chosen = model or _network(run, path)
     count = _num_gpus(run, path, where, gpus)
     run = of_all_gpus(run, count)
-    optimizer = run.optimizer if run.optimizer in OPTIMIZERS.names() else "sgd"
+    optimizer = run.optimizer if run.optimizer in OPTIMIZERS else "sgd"
     trained = PredictOptions(memory_format=memory_format, optimizer=optimizer)
     batch = run.global_batch // count
     expected = predict(chosen, batch=batch, precision=precision, cluster=cluster, gpus=count, options=trained)

@@ -146,7 +146,7 @@ class Measurements(msgspec.Struct, frozen=True, kw_only=True):
         if trace is None:
             return cls(device_profile=device_profile)
         # What an update of another package moves is not known where an older trace does not tell.
-        known = trace.told_update is not None or trace.optimizer in OPTIMIZERS.names()
+        known = trace.told_update is not None or trace.optimizer in OPTIMIZERS
         return cls(
             profiles=trace.own_profiles,
             source_device=measured_device(trace.run.device.name, device),

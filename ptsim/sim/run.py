@@ -23,6 +23,7 @@ from ptsim.hardware.catalog import load_cluster, load_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
+from ptsim.network import Network
 from ptsim.setting import changed, whole_numbers
 from ptsim.sim.bounded import SecondsRange
 from ptsim.sim.faults import simulate_faults
@@ -213,13 +214,15 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
 
 def _utilization(pricer: Pricer, stages: Sequence[Stage], epochs: Sequence[EpochProjection]) -> float | None:
     scenario = pricer.scenario
+    work: dict[str, tuple[Network, int, int]] = {}  # of each network its images and its mini-batches
+    for stage in stages:
+        network, images, mini_batches = work.get(stage.id, (stage.network, 0, 0))
+        images += stage.epoch.num_images
+        mini_batches += stage.num_iterations * scenario.num_passes(stage.batch, stage.epoch) * scenario.num_gpus
+        work[stage.id] = network, images, mini_batches
     macs = sum(
-        training_macs(
-            stage.network,
-            images=stage.epoch.num_images,
-            mini_batches=stage.num_iterations * scenario.num_passes(stage.batch, stage.epoch) * scenario.num_gpus,
-        )
-        for stage in stages
+        training_macs(network, images=images, mini_batches=mini_batches)
+        for network, images, mini_batches in work.values()
     )
     gpu_seconds = scenario.num_gpus * math.fsum(epoch.total_s for epoch in epochs)
     return flops_utilization(macs, gpu_seconds, pricer.peak_flops_per_s)

@@ -97,7 +97,7 @@ def widths(network: Network) -> dict[str, int]:
 def costed_optimizer(optimizer: torch.optim.Optimizer) -> str:
     """The optimizer of the cost model that moves as much memory: its own name, or by its states per weight."""
     name = type(optimizer).__name__.lower()
-    if name in OPTIMIZERS.names():
+    if name in OPTIMIZERS:
         return name
     states = max((number for number, _ in _states(optimizer)), default=0)
     return "sgd" if states == 1 and momentum_of(optimizer) else _BY_STATES.get(states, "adam")
@@ -296,7 +296,7 @@ def told_update(name: object, optimizer: torch.optim.Optimizer) -> UpdateCosts |
     """
     if not isinstance(name, str):
         return None
-    known = name in OPTIMIZERS.names()
+    known = name in OPTIMIZERS
     kind = OPTIMIZERS.find(name if known else costed_optimizer(optimizer))
     momentum = momentum_of(optimizer) if known else costed_momentum(optimizer)
     usual = kept = kind.states(momentum)

@@ -259,11 +259,11 @@ def test_an_image_bears_its_share_of_what_runs_once_a_mini_batch() -> None:
 
 
 def test_a_proximal_penalty_moves_what_its_own_steps_do(tmp_path: Path) -> None:
-    """Squares, their sum and a scaled copy, 5 accesses, for input and output groups; and 2 to copy back: 12 in all."""
+    """Squares, their sum and the scaling, 5 accesses, for input and for output groups: 10 in all."""
     trace = ptsim.read_trace(shrinking_trace(tmp_path / "t.jsonl"))
     settings = {**trace.run.hyperparameters, "regularizer": "proximal"}
     proximal = msgspec.structs.replace(trace, run=msgspec.structs.replace(trace.run, hyperparameters=settings))
     for run in (proximal, msgspec.structs.replace(proximal, epochs=())):  # one of which no epoch is over
         weights = sum(p.num_elements for p in run.final_network.parameters if len(p.shape) > 1)
-        assert ptsim.cost(run, gpu="a100").regularizer_bytes == 4 * 12 * weights
+        assert ptsim.cost(run, gpu="a100").regularizer_bytes == 4 * 10 * weights
     assert ptsim.cost(trace, gpu="a100").regularizer_bytes != ptsim.cost(proximal, gpu="a100").regularizer_bytes

@@ -22,7 +22,7 @@ def test_ten_thousands_of_images_a_second_have_all_their_digits(
     trace = dense_trace(tmp_path / "trace.jsonl")
     expected = ptsim.predict(trace, cluster="dgx-a100", gpus=64, batch=256)
     assert run(["predict", str(trace), "--cluster", "dgx-a100", "--gpus", "64", "--batch", "256"]) == 0
-    found = re.search(r"^([\d,]+) images/s \(([\d,]+)–([\d,]+), 90 %\)", capsys.readouterr().out, re.MULTILINE)
+    found = re.search(r"^([\d,]+) images/s \(([\d,]+) to ([\d,]+), 90 %\)", capsys.readouterr().out, re.MULTILINE)
     assert found is not None
     rates = expected.images_per_second, expected.low_images_per_second, expected.high_images_per_second
     assert min(rates) > 10_000

@@ -184,7 +184,7 @@ def test_an_update_moves_and_keeps_what_its_momentum_needs(name: str, momentum: 
 
 def test_the_regularizer_touches_no_depthwise_and_no_batch_norm_weight() -> None:
     """A 3×3 convolution of 2,304 weights; the accesses themselves are counted in tests/prune/test_group_lasso.py."""
-    assert penalty_work("group_lasso", network(), gpu=False).num_bytes == 4 * (4 * 9 + 7) * 2304 // 9
+    assert penalty_work("group_lasso", network(), gpu=False).num_bytes == 4 * (7 * 9 + 2) * 2304 // 9
     assert penalty_work("group_lasso", network(), gpu=True).num_bytes == 20 * 4 * 2304
     assert penalty_work("slimming", network(), gpu=True).num_bytes == 3 * 4 * 16
 
