@@ -124,7 +124,7 @@ WRONG = {
     "validate pruned --holdout": "second run",
     "allreduce": "--cluster, --gpus and --bytes are missing",
     "allreduce --gpus 8": "--cluster and --bytes are missing",
-    "allreduce --cluster dgx-a100 --gpus 8": '--bytes" requires an argument',
+    "allreduce --cluster dgx-a100 --gpus 8": "--bytes requires an argument",
     "export": "--trace, --format and --out are missing",
     "allreduce --cluster dgx-a100 --gpus 0 --bytes 1": "0 GPUs",
     "allreduce --cluster dgx-a100 --gpus many --bytes 1": '"many"',
