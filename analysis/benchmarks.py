@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-import pandas as pd
-import torch
 
 from ptsim.textfile import write_whole
 
@@ -35,7 +33,9 @@ def tell(benchmark: str, figures: Sequence[Figure], path: Path | None) -> None:
         print(f"{figure:64} {value:10.4g} {unit}".rstrip())
     if path is None:
         return
-    made = {"date": time.strftime("%F", time.gmtime()), "torch": torch.__version__}
+    import pandas as pd  # not above: the memory of a process that imports this module is measured
+
+    made = {"date": time.strftime("%F", time.gmtime()), "torch": importlib.metadata.version("torch")}
     rows = pd.DataFrame([{"benchmark": benchmark} | figure._asdict() | made for figure in figures])
     if path.exists():
         kept = pd.read_csv(path)
