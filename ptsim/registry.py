@@ -52,7 +52,7 @@ class Registry(Generic[T]):
         """All names, without importing what they stand for."""
         return sorted({*self.own, *self._added, *self._foreign()})
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: str | None) -> bool:
         """Whether `find` knows the name; looks among installed packages only where nothing nearer has it."""
         return name in self.own or name in self._added or name in self._foreign()
 

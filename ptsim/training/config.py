@@ -98,8 +98,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             refused. None is a quarter of the memory.
         device: one of "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         precision: number format of the matrix products: fp32, tf32, and bf16 or fp16 by autocast; amp is fp16.
-        memory_format: layout of the images and weights, contiguous or channels_last. On a CPU a pruned network saves
-            more of the time in channels_last (docs/evidence.md).
+        memory_format: layout of the images and weights, contiguous or channels_last. On a CPU with AVX-512 a
+            pruned network may save more of the time in channels_last (docs/evidence.md).
         num_threads: threads of torch on a CPU; None is its own choice. Sums, and so the last bits of a run, depend on
             it; small networks are fastest with 1.
         sync_batch_norm: compute the statistics of BatchNorm over all ranks.

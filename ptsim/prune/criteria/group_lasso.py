@@ -156,8 +156,8 @@ def _squares(weight: Tensor, layer: Weighted) -> Tensor:
 def _channel_sums(squares: Tensor, weight: Tensor, layer: Weighted, *, outputs: bool) -> Tensor:
     """Σw² of every output or every input channel, as (groups, first axis per group or 1, second axis or 1).
 
-    Sums run in the order in which the weight is stored, and over whole rows first: in another order, or over the few
-    elements of a kernel, a CPU takes many times as long.
+    Sums run in the order in which the weight is stored (channels last or first), and over whole rows first: in another
+    order, or over the few elements of a kernel, a CPU takes many times as long.
     """
     if outputs != layer.transposed:  # of a transposed convolution the inputs come first
         return squares.sum(2, keepdim=True)
@@ -178,9 +178,10 @@ def _over_kernels(factor: Tensor, weight: Tensor) -> Tensor:
 def _add_gradient(term: _Term, coefficient: float) -> None:
     """λ·w·(1/‖w_in‖ + 1/‖w_out‖) of one weight."""
     layer, weight = term.layer, term.weight
-    squares = _squares(_wide(weight), layer)
+    W = _wide(weight)
+    squares = _squares(W, layer)
     sums = [
-        _channel_sums(squares, weight, layer, outputs=of_outputs)
+        _channel_sums(squares, W, layer, outputs=of_outputs)
         for wanted, of_outputs in ((term.inputs, False), (term.outputs, True))
         if wanted
     ]
