@@ -3,6 +3,7 @@
 import math
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -18,7 +19,7 @@ from ptsim.errors import UsageError
 from ptsim.prune.criteria.coefficient import penalty_coefficient, proximal_shrinkages
 from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.criteria.slimming import Slimming
-from ptsim.prune.groups import find_groups
+from ptsim.prune.groups import find_groups, weight_GOIK
 from tests.prune.helpers import SMALL_IMAGE, small_resnet
 
 
@@ -186,6 +187,24 @@ def test_only_weights_that_are_not_large_are_gathered_on_a_gpu() -> None:
     assert work.num_bytes == 4 * (9 * 6_000_000 + 20 * 10_000)
     assert work.num_launches == 10 + 10 + 1 + 1
     assert work.scratch_bytes == 4 * 6_000_000
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("build", [small_resnet, grouped_network])
+def test_the_proximal_step_shrinks_by_the_formula(layout: torch.memory_format, build: Callable[[], nn.Module]) -> None:
+    """First every input channel, then every output channel, by 1 - 0.05 / norm, as its axes say."""
+    model = build().to(memory_format=layout)
+    lasso = GroupLasso(model, find_groups(model, SMALL_IMAGE))
+    expected = []
+    for layer, weight, inputs, outputs in lasso.terms:
+        W = weight_GOIK(weight.detach().clone(), layer)
+        for wanted, dims in ((inputs, (1, 3)), (outputs, (2, 3))):
+            if wanted:
+                W = W * (1 - 0.05 / W.square().sum(dims, keepdim=True).sqrt()).clamp_min(0)
+        expected.append(W)
+    lasso.proximal_step(0.05)
+    for (layer, weight, *_), W in zip(lasso.terms, expected, strict=True):
+        torch.testing.assert_close(weight_GOIK(weight.detach(), layer), W, rtol=1e-12, atol=1e-12)
 
 
 def test_the_gradient_of_zero_weights_is_zero() -> None:
