@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -127,7 +126,8 @@ def _unequal(path: Path, cluster: str, count: int) -> float:
     one_epoch = msgspec.structs.replace(trace, epochs=trace.epochs[:1], reconfigurations=())
     options = change(Options(), {"jitter": 0.05, "sampled_steps": 1})
     project(one_epoch, load_cluster(cluster), count, options)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+    status = Path("/proc/self/status").read_text(encoding="ascii")  # `ru_maxrss` begins with the parent's
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20  # kilobytes
 
 
 def memory(path: Path, cluster: str, count: int) -> list[Figure]:

@@ -331,9 +331,10 @@ def simulator_symmetric(root: Path) -> Figures:
 
 
 def simulator_unequal(root: Path) -> Figures:
-    """A step of 1,024 GPUs."""
+    """A step of 1,024 GPUs, and the memory for 16,384."""
     steps = benchmark(root, "simulator", "one step, simulated GPU by GPU, GPUs: ")
-    return [f"{steps['1024']:.2f} s for 1,024 GPUs"]
+    peak = benchmark(root, "simulator", "peak memory of a fresh process for GPUs: ")
+    return [f"{steps['1024']:.2f} s for 1,024 GPUs", f"{peak['16384']:.2f} GiB of memory for 16,384"]
 
 
 def sweep(root: Path) -> Figures:
