@@ -57,6 +57,8 @@ def _pruned(ratio: float, *more: str) -> dict[str, tuple[str, ...]]:
     return {"dense": ("penalty_ratio=0",), f"r{ratio}": (f"penalty_ratio={ratio}", *more)}
 
 
+# As many images a step as in the paper. The learning rate grows with them (Goyal et al., 2017), after a warm-up.
+_BATCH_128 = ("batch=128", "lr=0.4", "warmup_epochs=2")
 PAIRS: dict[str, Pair] = {
     "vgg11": Pair("VGG-11, penalty ratio 0.25", "vgg11", _pruned(0.25)),
     "resnet32": Pair("ResNet-32, penalty ratio 0.25", "resnet32", _pruned(0.25)),
@@ -66,20 +68,19 @@ PAIRS: dict[str, Pair] = {
     "resnet32-s2": Pair("the same, second seed", "resnet32", _pruned(0.25), seed=2),
     "resnet32-s3": Pair("the same, third seed", "resnet32", _pruned(0.25), seed=3),
     "resnet32-r0.2": Pair("the first seed, penalty ratio 0.2", "resnet32", _pruned(0.2)),
-    # The penalty takes the same time a step whatever the mini-batch; with as many images as in the paper it is a
-    # smaller part of the step. The learning rate grows with the mini-batch (Goyal et al., 2017), after a warm-up.
+    # The penalty takes the same time a step whatever the mini-batch; with more images it is a smaller part of the step.
     "vgg11-128": Pair(
         "VGG-11, ratio 0.25, the paper's 128 images a step",
         "vgg11",
         _pruned(0.25),
-        settings=("batch=128", "lr=0.4", "warmup_epochs=2"),
+        settings=_BATCH_128,
     ),
     # Nothing is pruned before epoch 12, and little once the learning rate has fallen: of 40 epochs that leaves eight.
     "vgg11-128-long": Pair(
         "the same for 60 instead of 40 epochs",
         "vgg11",
         _pruned(0.25),
-        settings=("batch=128", "lr=0.4", "warmup_epochs=2"),
+        settings=_BATCH_128,
         epochs=60,
     ),
     # In the contiguous layout oneDNN takes kernels that work on blocks of 16 channels, and reorders what they read and
@@ -88,7 +89,7 @@ PAIRS: dict[str, Pair] = {
         "the same in channels_last",
         "vgg11",
         _pruned(0.25),
-        settings=("batch=128", "lr=0.4", "warmup_epochs=2", "memory_format=channels_last"),
+        settings=(*_BATCH_128, "memory_format=channels_last"),
         epochs=60,
     ),
     "resnet20-long": Pair(

@@ -140,14 +140,6 @@ def _wide(weight: Tensor) -> Tensor:
     return weight.float() if weight.element_size() < 4 else weight
 
 
-def _like_weight(W_GOIK: Tensor, layer: Weighted, weight: Tensor) -> Tensor:
-    """(groups, out per group, in per group, kernel elements or 1) in the axes of the weight."""
-    kernel = weight.shape[2:] if W_GOIK.shape[3] > 1 else (1,) * (weight.ndim - 2)
-    if layer.transposed:
-        return W_GOIK.reshape(weight.shape[1], weight.shape[0], *kernel).transpose(0, 1)
-    return W_GOIK.reshape(*weight.shape[:2], *kernel)
-
-
 def _squares(weight: Tensor, layer: Weighted) -> Tensor:
     """w² in the order of storage, as (groups, first axis per group, all the rest)."""
     return _storage(weight).square().view(layer.groups, weight.shape[0] // layer.groups, -1)
@@ -244,9 +236,10 @@ class _GatheredGradient:
             weight, gradient = term.weight, term.weight.grad
             assert gradient is not None, "made by the caller"
             if by_kernel:
-                factors = factor.view(*weight_GOIK(weight, term.layer).shape[:3], 1)
-                factors = _like_weight(factors, term.layer, weight).to(weight.dtype)
-                gradient.addcmul_(weight, factors, value=coefficient)
+                factors = factor.view(weight_GOIK(weight, term.layer).shape[:3])
+                if term.layer.transposed:
+                    factors = factors.transpose(1, 2)
+                gradient.addcmul_(weight, _over_kernels(factors, weight).to(weight.dtype), value=coefficient)
             else:
                 factor = _unstore(factor, weight).to(weight.dtype)
                 for found, one in zip(together, (gradient, weight, factor), strict=True):
