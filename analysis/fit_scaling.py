@@ -3,8 +3,8 @@
     python analysis/fit_scaling.py            # --no-cross-validation skips the intervals
 
 Rows are published trainings with several GPUs whose test also has the same with one. The step's computation is scaled
-to that one GPU's time, so that only what the other GPUs add is fitted: seconds per gradient tensor, and how much
-computation and communication hold each other up over PCIe. Every pair of source and GPU weighs the same. The interval
+to that one GPU's time, so that only what the other GPUs add is fitted: a share of the step, seconds per gradient tensor,
+and how much computation and communication hold each other up over PCIe. Every pair of source and GPU weighs the same. The interval
 is of the residuals of sources and GPUs left out.
 """
 
@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 import tomli_w
-from public_rows import PUBLIC, is_young, networks, update_of
+from public_rows import as_alone, is_young, many_table, networks, update_of
 from scipy.optimize import least_squares
 
 from ptsim.costs.buckets import ddp_buckets
@@ -48,18 +48,14 @@ PCIE_BYTES_PER_S = {
     "ada": 31.5e9,
     "hopper": 63e9,
 }
+GPUS_PER_NODE = 8  # of every row's machine
 ROW_SD = 0.02  # of ln(time) of a row
 # Proteus's data-parallel CNNs use 0.3, other simulators 0.1 to 0.3: NVLink's share of a step is too small to fit it.
 OTHER_CONTENTION = 0.2
 # RaySGD's ResNet-50 on p3.16xlarge: in fp32, 16 to 64 GPUs take 5 to 14 ms longer than 8, while
 # some 190 ms of communication over TCP run beside the computation. In half precision the same communication shows.
 TCP_CONTENTION = 0.05
-TENSOR_S, PCIE_CONTENTION = 50e-6, 0.5  # where the fit starts
-
-
-def rows(name: str = "training_many") -> pd.DataFrame:
-    """The published rows of many GPUs: those of the fit, or "training_many_later", which no fit has seen."""
-    return pd.read_csv(PUBLIC / f"{name}.csv")
+TENSOR_S, PCIE_CONTENTION, SLOWDOWN = 50e-6, 0.5, 0.02  # where the fit starts
 
 
 def cluster_of(row: pd.Series) -> Cluster:
@@ -72,7 +68,7 @@ def cluster_of(row: pd.Series) -> Cluster:
         inter = msgspec.structs.replace(cluster.inter, bandwidth_bytes_per_s=rate * GBIT)
         return msgspec.structs.replace(cluster, inter=inter)
     link = Link(name="PCIe", kind=LinkKind.PCIE, bandwidth_bytes_per_s=PCIE_BYTES_PER_S[device.architecture])
-    return Cluster(name=f"{row.device} over PCIe", device=device, gpus_per_node=8, intra=link)
+    return Cluster(name=f"{row.device} over PCIe", device=device, gpus_per_node=GPUS_PER_NODE, intra=link)
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,7 +88,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         ratio = self.alone_s / self.step.compute_s if as_alone and self.alone_s else 1.0
         buckets = ddp_buckets(self.network)
         times = functools.cache(lambda num_bytes: all_reduce(num_bytes, self.cluster, self.num_gpus))
-        step = _scaled(self.step, ratio)
+        step = self.step.scaled(ratio * (1 + scaling.slowdown))
         plan = ddp.plan_step(
             step, buckets, times, buffer_bytes=ddp.buffer_bytes(self.network), tensor_s=scaling.tensor_s
         )
@@ -106,11 +102,11 @@ def cases(fit: Fit | None = None, table: pd.DataFrame | None = None, *, young_sh
 
     Args:
         fit: of the data sheet, for the step on one GPU; by default what ptsim ships.
-        table: rows; by default those of the fit.
+        table: rows of `many_table`; by default those of the fit.
         young_share: by which share the step on one GPU took longer with software that was young for the GPU.
     """
     found, efficiency = [], (fit or load_fit()).efficiency
-    for _, row in (rows() if table is None else table).iterrows():
+    for _, row in (many_table() if table is None else table).iterrows():
         network = networks()[f"torchvision:{row.model}@{row.image_size}"]
         setting = StepSetting(
             batch=int(row.batch),
@@ -125,7 +121,7 @@ def cases(fit: Fit | None = None, table: pd.DataFrame | None = None, *, young_sh
         found.append(
             Case(
                 network=network,
-                step=_scaled(_with_update(step, update_s), slowed),
+                step=_with_update(step, update_s).scaled(slowed),
                 cluster=cluster_of(row),
                 num_gpus=int(row.num_gpus),
                 seconds=row.num_gpus * row.batch / row.images_per_s,
@@ -135,6 +131,23 @@ def cases(fit: Fit | None = None, table: pd.DataFrame | None = None, *, young_sh
             )
         )
     return found
+
+
+def deduced_rows(scaling: Scaling) -> pd.DataFrame:
+    """Rows of one machine whose test has none of one GPU, less what `scaling` says the others add.
+
+    They say what the step takes on one GPU, but not what scaling costs; columns as in `training_table`.
+    """
+    table = many_table()
+    table = table[table.alone_images_per_s.isna() & ~table.stepwise & (table.num_gpus <= GPUS_PER_NODE)]
+    rates = []
+    for case, batch in zip(cases(table=table), table.batch, strict=True):
+        alone_s = case.step.compute_s
+        for _ in range(20):  # what the others add hardly depends on the step itself
+            added_s = msgspec.structs.replace(case, alone_s=alone_s).predict(scaling, as_alone=True) - alone_s
+            alone_s = case.seconds - added_s
+        rates.append(batch / alone_s)
+    return as_alone(table.assign(images_per_s=rates))
 
 
 def fit(known: Sequence[Case]) -> Scaling:
@@ -148,8 +161,8 @@ def fit(known: Sequence[Case]) -> Scaling:
         errors = [np.log(case.seconds / case.predict(scaling, as_alone=True)) for case in known]
         return weights * np.array(errors) / ROW_SD
 
-    start = np.array([TENSOR_S * 1e6, PCIE_CONTENTION])
-    best = least_squares(residuals, start, bounds=([0, 0], [500, 1]), loss="soft_l1", diff_step=1e-2, xtol=1e-3)
+    start, most = np.array([TENSOR_S * 1e6, PCIE_CONTENTION, SLOWDOWN]), [500, 1, 1]
+    best = least_squares(residuals, start, bounds=(0, most), loss="soft_l1", diff_step=1e-2, xtol=1e-3)
     return _scaling(best.x)
 
 
@@ -211,6 +224,7 @@ def main() -> None:
         print(summary(table))
     document = {
         "tensor_s": float(f"{scaling.tensor_s:.3g}"),
+        "slowdown": float(f"{scaling.slowdown:.3g}"),
         "low": float(f"{scaling.low:.3g}"),
         "high": float(f"{scaling.high:.3g}"),
         "contention": {kind: float(f"{value:.3g}") for kind, value in scaling.contention.items()},
@@ -225,22 +239,12 @@ def _scaling(x: np.ndarray) -> Scaling:
         str(LinkKind.TCP): TCP_CONTENTION,
         "other": OTHER_CONTENTION,
     }
-    return Scaling(tensor_s=float(x[0]) * 1e-6, contention=contention, low=0.0, high=0.0)
+    return Scaling(tensor_s=float(x[0]) * 1e-6, slowdown=float(x[2]), contention=contention, low=0.0, high=0.0)
 
 
 def _with_update(step: StepTime, update_s: float) -> StepTime:
     longer = (step.compute_s + update_s - step.optimizer_s) / step.compute_s
     return msgspec.structs.replace(step, optimizer_s=update_s, low_s=step.low_s * longer, high_s=step.high_s * longer)
-
-
-def _scaled(step: StepTime, ratio: float) -> StepTime:
-    layers = tuple(
-        msgspec.structs.replace(t, forward_s=t.forward_s * ratio, backward_s=t.backward_s * ratio) for t in step.layers
-    )
-    times = {
-        name: getattr(step, name) * ratio for name in ("optimizer_s", "regularizer_s", "overhead_s", "low_s", "high_s")
-    }
-    return msgspec.structs.replace(step, layers=layers, **times)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from fit_efficiency import Problem
 from fit_scaling import Case as ManyCase
 from fit_scaling import cases
 from fit_scaling import fit as fit_scaling
-from fit_scaling import rows as many_rows
-from public_rows import Case, layer_cases, training_cases
+from public_rows import Case, layer_cases, many_table, training_cases
 from residuals import chip_name, ends
 
 from ptsim.costs.datasheet import ManyGpus, load_intervals
@@ -25,7 +24,7 @@ from ptsim.costs.scaling import Scaling, load_scaling
 def leave_out(training: list[Case], layers: list[Case]) -> pd.DataFrame:
     """One row per published row of many GPUs and way of leaving it out: measured, predicted, inside the interval."""
     problem = Problem(training, layers)
-    table = many_rows()
+    table = many_table()
     chips = {name: chip_name(name) for name in {*table.device, *(case.device for case in (*training, *layers))}}
     start = problem.solve(problem.weights(np.ones(len(training), np.bool_), np.ones(len(layers), np.bool_)))
     jacobian = problem.jacobian(start)
@@ -98,7 +97,7 @@ def _holds(made: ManyGpus, scaled: pd.Series) -> pd.Series:
 
 def later() -> pd.DataFrame:
     """Rows that were collected after the fit, as what ptsim ships predicts them."""
-    table = many_rows("training_many_later")
+    table = many_table("training_many_later")
     found = pd.DataFrame([_line("later", case.source, case, load_scaling()) for case in cases(table=table)])
     inside = _holds(load_intervals().many_gpus, _scaled(found))
     return found.assign(model=table.model, precision=table.precision, inside=inside)

@@ -40,6 +40,9 @@ from ptsim.setting import StepSetting
 
 PUBLIC = Path(__file__).parent.parent / "traces" / "public"
 FILES = ("training", "training_depthwise", "training_later")
+# Two rows are the same measurement, published twice, if these are equal and their speeds are within this share.
+SAME_TEST = ["source", "device", "precision", "memory_format", "model", "image_size", "batch"]
+SAME_SPEED = 0.01
 # Before the middle of 2021 Ampere's kernels were young: an A100 PCIe trains ResNet-50 19 % (TF32) and 25 % (half)
 # faster with container 22.10 than with 20.10, an RTX 3090 9 and 13 % faster with PyTorch 1.13 than with 1.7. On V100 in
 # fp32 the containers from early 2019 to 21.03 are within 5 % of each other, the oldest the slowest, 19.10 the fastest.
@@ -99,6 +102,31 @@ def training_table() -> pd.DataFrame:
     return table.fillna(defaults).astype({"image_size": int})
 
 
+def many_table(name: str = "training_many") -> pd.DataFrame:
+    """The published rows of many GPUs: those of the fit, or "training_many_later", which no fit has seen."""
+    return pd.read_csv(PUBLIC / f"{name}.csv")
+
+
+def alone_table() -> pd.DataFrame:
+    """What the tests of many GPUs say of one GPU that `training_table` does not have, in its columns.
+
+    Steps that were synchronised and timed one by one are left out: no row of one GPU is timed so without a copy.
+    """
+    many = many_table()
+    many = many[many.alone_images_per_s.notna() & ~many.stepwise]
+    alone = many.drop(columns="images_per_s").rename(columns={"alone_images_per_s": "images_per_s"})
+    alone = alone.drop_duplicates([*SAME_TEST, "software", "images_per_s"])
+    known = alone.reset_index().merge(training_table()[[*SAME_TEST, "images_per_s"]], on=SAME_TEST)
+    alike = (known.images_per_s_x / known.images_per_s_y - 1).abs() < SAME_SPEED
+    return as_alone(alone.drop(index=known["index"][alike].unique()))
+
+
+def as_alone(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of many GPUs, whose `images_per_s` are one GPU's, in the columns of `training_table`."""
+    how = {"framework": "PyTorch", "whole_model_fp16": False, "with_optimizer": True, "host_copy": False}
+    return rows.assign(**how, file="training_many")
+
+
 def is_young(device: Device, software: str) -> bool:
     """True if a row's software is known to be older than the kernels that its GPU's generation got later."""
     found = re.search(r"(?:NGC |pytorch-)(\d\d)\.(\d\d)", software), re.search(r"(?i)torch (\d+)\.(\d+)", software)
@@ -136,9 +164,14 @@ def network_name(row: pd.Series) -> str:
 
 @functools.lru_cache(maxsize=1)
 def training_cases() -> list[Case]:
-    """One case per training row, TensorFlow's too."""
+    """One case per training row of one GPU, TensorFlow's too."""
+    return cases_of(pd.concat([training_table(), alone_table()], ignore_index=True))
+
+
+def cases_of(table: pd.DataFrame) -> list[Case]:
+    """One case per row of such a table."""
     cases = []
-    for _, row in training_table().iterrows():
+    for _, row in table.iterrows():
         device, precision = load_device(row.device), Precision(row.precision)
         network = networks()[network_name(row)]
         setting = StepSetting(

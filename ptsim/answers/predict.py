@@ -175,6 +175,7 @@ def predict(
     parallel: BoundedStep | None = None
     network_tier = None
     if machine is not None and setting.data_parallel:
+        step = among(step, machine, setting.num_gpus)
         parallel, network_tier = _data_parallel(subject, step, machine, setting)
     notes = () if calibrated is None or step.tier != Tier.PROFILED else calibrated.doubts(num_gpus=setting.num_gpus)
     if subject.trace is not None and subject.trace.compiled_note is not None:
@@ -191,7 +192,7 @@ def _data_parallel(
     times = functools.cache(lambda size: reduction(size, cluster, setting.num_gpus, sharded=shards is not None))
     simulated = data_parallel_step(
         network,
-        among(step, cluster, setting.num_gpus),
+        step,
         times,
         contention=contention_of(cluster, setting.num_gpus),
         tensor_s=hook_seconds(cluster, setting.num_gpus),

@@ -18,7 +18,7 @@ from ptsim.costs.energy import PowerModel, PowerSample, fit_power, is_plausible,
 from ptsim.costs.measured import find_profile, measured_step, of_profile, recorded_step
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.profiled import profiled_step
-from ptsim.costs.scaling import contention_of, hook_seconds
+from ptsim.costs.scaling import among, contention_of, hook_seconds
 from ptsim.costs.times import StepTime
 from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import MissingMeasurementError, UsageError
@@ -322,7 +322,8 @@ def check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | No
     epochs = []
     for epoch in trace.epochs:
         step, parallel = step_of(epoch), None
-        if epoch.world_size in communication:
+        if cluster is not None and epoch.world_size in communication:
+            step = among(step, cluster, epoch.world_size)
             parallel = communication[epoch.world_size].of(trace.network_of(epoch), step, epoch)
         epochs.append(_check_epoch(trace, epoch, step, pace, device, energy, parallel, epoch.epoch in wrapped))
     measured_s = sum(epoch.measured_seconds for epoch in epochs)

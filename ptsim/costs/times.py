@@ -76,6 +76,16 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
         """Seconds of the whole step on one device."""
         return self.forward_s + self.backward_s + self.optimizer_s + self.regularizer_s + self.overhead_s
 
+    def scaled(self, factor: float) -> StepTime:
+        """The step with every time of it multiplied by `factor`."""
+        if factor == 1:
+            return self
+        layers = tuple(
+            msgspec.structs.replace(layer, forward_s=factor * layer.forward_s, backward_s=factor * layer.backward_s)
+            for layer in self.layers
+        )
+        return msgspec.structs.replace(self, layers=layers, **{name: factor * getattr(self, name) for name in _TIMES})
+
     def accumulated(self, passes: int) -> StepTime:
         """The step of `passes` passes that each take as long as this step's one, and of one penalty and update.
 
@@ -122,6 +132,10 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
         """That step with an interval as wide relative to it as this one's."""
         wider = step.compute_s / self.compute_s if self.compute_s else 1.0
         return msgspec.structs.replace(step, low_s=wider * self.low_s, high_s=wider * self.high_s)
+
+
+# What `StepTime` holds in seconds besides its layers.
+_TIMES = ("optimizer_s", "regularizer_s", "overhead_s", "low_s", "high_s", "whole_s", "again_s")
 
 
 class Measurements(msgspec.Struct, frozen=True, kw_only=True):

@@ -32,7 +32,7 @@ import msgspec
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.flops import layer_macs
 from ptsim.costs.measured import find_profile, recorded_step
-from ptsim.costs.scaling import tensor_seconds
+from ptsim.costs.scaling import slowed, tensor_seconds
 from ptsim.costs.times import StepTime
 from ptsim.costs.traffic import network_traffic, sum_bytes, update_traffic
 from ptsim.criteria import step_penalty
@@ -319,10 +319,11 @@ def _step_content(trace: Trace, epoch: Epoch, ranks: int, sharding: Sharding) ->
     network = trace.networks[epoch.architecture]
     setting = msgspec.structs.replace(trace.setting_of(epoch), num_gpus=ranks, sharding=sharding)
     profile, step = find_profile(network, trace.profiles, setting.one_pass), None
+    on_gpus = trace.run.device.kind == "cuda"
     if profile is not None:
-        step = recorded_step(network, profile, setting)
-    tensor_s = tensor_seconds(ranks, on_gpus=trace.run.device.kind == "cuda")
-    hooks = ", hooks of gradients fitted" if tensor_s else ""
+        step = slowed(recorded_step(network, profile, setting), ranks, on_gpus=on_gpus)
+    tensor_s = tensor_seconds(ranks, on_gpus=on_gpus)
+    hooks = ", what other GPUs add fitted" if tensor_s else ""
     return encode_trace(
         step_nodes(network, setting, step=step, overlap=not trace.compiled, tensor_s=tensor_s),
         {

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ptsim.costs.energy import PowerModel, PowerSample, fit_power, is_plausible, published_power, step_energy
+from ptsim.costs.scaling import slowdown
 from ptsim.costs.step import StepTime, step_time
 from ptsim.sim.planning import Stage
 from ptsim.sim.projection import EpochProjection
@@ -44,7 +45,8 @@ class Power:
         setting = scenario.setting(stage.batch, stage.epoch)
         passes = scenario.num_passes(stage.batch, stage.epoch)
         own = step.accumulated(passes).updating(setting.update_share)
-        key = ("energy", model, stage.id, scenario.device_key, setting.alone, setting.update_share, passes)
+        among = slowdown(scenario.cluster, scenario.num_gpus)
+        key = ("energy", model, stage.id, scenario.device_key, setting.alone, setting.update_share, passes, among)
         computing_j = scenario.cache.get(key, lambda: step_energy(own, scenario.device, model=model).joules)
         return computing_j + max(0.0, result.step_s - own.compute_s) * model.waiting_w
 

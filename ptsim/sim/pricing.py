@@ -15,7 +15,7 @@ import msgspec
 
 from ptsim.costs.buckets import Bucket
 from ptsim.costs.memory import MemoryNeed, iteration_memory
-from ptsim.costs.scaling import among, contention_of, hook_seconds
+from ptsim.costs.scaling import among, contention_of, hook_seconds, slowdown
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import worst_tier
 from ptsim.costs.times import Z90
@@ -238,8 +238,12 @@ class Pricer:
     def _num_passes(self, stage: Stage) -> int:
         return self.scenario.num_passes(stage.batch, stage.epoch)
 
-    def _key(self, stage: Stage, device: bytes | None = None) -> tuple[Hashable, ...]:
-        """Everything that the computation of a step depends on."""
+    def _key(self, stage: Stage) -> tuple[Hashable, ...]:
+        """Everything that the computation of a step depends on, where it may be one of several GPUs."""
+        return (slowdown(self.scenario.cluster, self.scenario.num_gpus), *self._alone_key(stage))
+
+    def _alone_key(self, stage: Stage, device: bytes | None = None) -> tuple[Hashable, ...]:
+        """Everything that it depends on where it is the only one."""
         return (stage.id, device or self.scenario.device_key, self.scenario.setting(stage.batch, stage.epoch).alone)
 
     def _step_time(self, stage: Stage, other: Device | None = None) -> StepTime:
@@ -247,10 +251,10 @@ class Pricer:
         scenario = self.scenario
         setting = scenario.setting(stage.batch, stage.epoch)
         if other is None or other == scenario.device:
-            device, key = scenario.device, ("step", *self._key(stage))
+            device, key = scenario.device, ("step", *self._alone_key(stage))
             measurements = scenario.measurements
         else:  # under a key of its own: elsewhere it may be the projected one, and have a profile
-            device, key = other, ("mixed in", *self._key(stage, msgspec.json.encode(other)))
+            device, key = other, ("mixed in", *self._alone_key(stage, msgspec.json.encode(other)))
             measurements = Measurements.of(scenario.trace, other)
         alone = scenario.cache.get(key, lambda: step_time(stage.network, device, setting, measurements=measurements))
         return among(alone, scenario.cluster, scenario.num_gpus)
