@@ -3,9 +3,9 @@
     python analysis/fit_scaling.py            # --no-cross-validation skips the intervals
 
 Rows are published trainings with several GPUs whose test also has the same with one. The step's computation is scaled
-to that one GPU's time, so that only what the other GPUs add is fitted: a share of the step, seconds per gradient tensor,
-and how much computation and communication hold each other up over PCIe. Every pair of source and GPU weighs the same. The interval
-is of the residuals of sources and GPUs left out.
+to that one GPU's time, so that only what the other GPUs add is fitted: a share of the step, seconds per gradient
+tensor, and how much computation and communication hold each other up over PCIe. Every pair of source and GPU weighs the
+same. The interval is of the residuals of sources and GPUs left out.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from ptsim.cli.main import run
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.datasheet import load_intervals
 from ptsim.costs.memory import iteration_memory
+from ptsim.costs.scaling import load_scaling
 from ptsim.errors import MissingMeasurementError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.profile import MachineLoad
@@ -289,13 +290,15 @@ def test_a_measured_step_by_hand(tmp_path: Path) -> None:
 
     four = ptsim.predict(trace, cluster=node(0.01), gpus=4)
     assert four.step_seconds > one.step_seconds + 0.01
-    beyond_s = four.step_seconds - profile.step_s - four.hook_seconds
+    slower = 1 + load_scaling().slowdown
+    beyond_s = four.step_seconds - slower * profile.step_s - four.hook_seconds
     assert four.exposed_communication_seconds == pytest.approx(beyond_s)
     assert four.images_per_second == pytest.approx(4 * 64 / four.step_seconds)
     assert four.low_images_per_second == pytest.approx(4 * 64 / four.high)
     assert four.high_images_per_second == pytest.approx(4 * 64 / four.low)
     assert four.mfu_fraction == pytest.approx(flops / (19.5e12 * four.step_seconds))
-    assert four.energy_joules == pytest.approx(4 * (joules + 137.5 * (four.step_seconds - profile.step_s)))
+    waiting_s = four.step_seconds - slower * profile.step_s
+    assert four.energy_joules == pytest.approx(4 * (slower * joules + 137.5 * waiting_s))
     assert four.energy_joules is not None
     below, above = 1 - four.low / four.step_seconds, four.high / four.step_seconds - 1
     assert min(below, above) > 0.05  # what many GPUs add to the interval

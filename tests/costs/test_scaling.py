@@ -9,11 +9,12 @@ import pytest
 
 from ptsim.costs import scaling
 from ptsim.costs.datasheet import ManyGpus, load_intervals
-from ptsim.costs.scaling import among, contention_of, hook_seconds, load_scaling, widened
+from ptsim.costs.scaling import among, contention_of, hook_seconds, load_scaling, slowdown, slowed, widened
 from ptsim.costs.tiers import Tier
-from ptsim.costs.times import StepTime
+from ptsim.costs.times import LayerTime, StepTime
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.spec import Cluster, Link, LinkKind
+from ptsim.network import LayerKind
 
 
 def test_one_gpu_and_cpus_have_no_hooks() -> None:
@@ -53,16 +54,43 @@ def test_a_step_from_the_data_sheet_has_its_own_interval_among_many_gpus(monkeyp
     step = StepTime(
         layers=(), optimizer_s=2.0, regularizer_s=0.0, overhead_s=0.0, low_s=0.5, high_s=2.2, tier=Tier.DATASHEET
     )
-    among_many = among(step, cluster, 8)
+    among_many, slower = among(step, cluster, 8), 1 + load_scaling().slowdown
     # Half as far down on a logarithmic scale, sqrt(2 * 0.5), and twice as far up, 2.2**2 / 2.
-    assert (among_many.low_s, among_many.high_s, among_many.compute_s) == pytest.approx((1.0, 2.42, 2.0))
+    expected = (slower * 1.0, slower * 2.42, slower * 2.0)
+    assert (among_many.low_s, among_many.high_s, among_many.compute_s) == pytest.approx(expected)
     assert among(step, cluster, 1) == step
     measured = msgspec.structs.replace(step, tier=Tier.MEASURED)
-    assert among(measured, cluster, 8) == measured
+    assert among(measured, cluster, 8) == measured.scaled(slower)
     for nothing in ({"low_s": 0.0}, {"optimizer_s": 0.0}):  # no ratio to take the logarithm of
         empty = msgspec.structs.replace(step, **nothing)
-        assert among(empty, cluster, 8) == empty
+        assert among(empty, cluster, 8) == empty.scaled(slower)
     assert among(step, cluster, 2) == among_many
+
+
+def test_a_gpu_among_others_is_slower_in_all_that_it_computes_unless_it_was_recorded_so() -> None:
+    layer = LayerTime(layer="conv", kind=LayerKind.CONV, forward_s=1.0, backward_s=2.0, tier=Tier.PROFILED)
+    parts = {"optimizer_s": 0.5, "regularizer_s": 0.25, "overhead_s": 0.125, "whole_s": 0.2, "again_s": 0.1}
+    step = StepTime(layers=(layer,), low_s=3.0, high_s=5.0, tier=Tier.PROFILED, **parts)
+    share = load_scaling().slowdown
+    assert share > 0
+    for num_gpus in (2, 8, 64):
+        slow = slowed(step, num_gpus, on_gpus=True)
+        assert slow.compute_s == pytest.approx((1 + share) * step.compute_s)
+        assert (slow.forward_s, slow.backward_s) == pytest.approx((1 + share, 2 * (1 + share)))
+        assert {name: getattr(slow, name) / seconds for name, seconds in parts.items()} == pytest.approx(
+            dict.fromkeys(parts, 1 + share)
+        )
+        assert (slow.low_s / 3, slow.high_s / 5) == pytest.approx((1 + share, 1 + share))
+    recorded = msgspec.structs.replace(step, data_parallel=True)
+    assert slowed(recorded, 8, on_gpus=True) == recorded
+    assert slowed(step, 1, on_gpus=True) == slowed(step, 8, on_gpus=False) == step
+    cpus = msgspec.structs.replace(load_cluster("dgx-a100"), library="gloo")
+    assert among(step, cpus, 8) == step
+    assert (slowdown(load_cluster("dgx-a100"), 8), slowdown(load_cluster("dgx-a100"), 1), slowdown(cpus, 8)) == (
+        share,
+        0,
+        0,
+    )
 
 
 def test_a_link_of_no_fitted_kind_contends_as_the_others_do() -> None:

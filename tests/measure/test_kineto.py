@@ -173,7 +173,8 @@ def test_a_step_that_was_profiled_on_one_gpu_gets_hooks_on_more(tmp_path: Path) 
     alone, many = _predicted(tmp_path, single)
     assert not any("recorded on one of several GPUs" in note for note in alone.notes)
     assert many.hook_seconds == load_scaling().tensor_s
-    expected = alone.step_seconds + many.hook_seconds + many.communication_wait_seconds
+    slower_s = (1 + load_scaling().slowdown) * alone.step_seconds
+    expected = slower_s + many.hook_seconds + many.communication_wait_seconds
     assert many.step_seconds == pytest.approx(expected, rel=1e-9)
 
 

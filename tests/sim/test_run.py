@@ -15,7 +15,7 @@ from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import published_power
 from ptsim.costs.memory import VISIBLE_SHARE_HBM, MemoryNeed, iteration_memory
-from ptsim.costs.scaling import hook_seconds
+from ptsim.costs.scaling import hook_seconds, load_scaling
 from ptsim.costs.step import Measurements, step_time
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device, match_device
@@ -57,9 +57,10 @@ def test_the_hooks_of_gradients_are_part_of_backward_and_of_nothing_else(dense: 
     one, two = (run(dense, gpus, contention=0.0).epochs[0] for gpus in (1, 2))
     hooks_s = hook_seconds(cluster(), 2) * len(dense.networks[one.architecture].gradients)
     assert hooks_s > 0
-    assert two.forward_s == pytest.approx(one.forward_s, rel=1e-9)
-    assert two.optimizer_s == pytest.approx(one.optimizer_s, rel=1e-9)
-    assert two.backward_s == pytest.approx(one.backward_s + hooks_s, rel=1e-9)
+    slower = 1 + load_scaling().slowdown
+    assert two.forward_s == pytest.approx(slower * one.forward_s, rel=1e-9)
+    assert two.optimizer_s == pytest.approx(slower * one.optimizer_s, rel=1e-9)
+    assert two.backward_s == pytest.approx(slower * one.backward_s + hooks_s, rel=1e-9)
     assert (one.hooks_s, two.hooks_s) == (0.0, pytest.approx(hooks_s, rel=1e-9))
     accumulated = run(dense, 2, contention=0.0, micro_batches=4).epochs[0]
     assert accumulated.hooks_s == pytest.approx(hooks_s, rel=1e-9)  # they run in the last pass only
@@ -91,17 +92,23 @@ def test_a_parameter_without_gradient_has_a_hook_where_ddp_looks_for_unused_ones
     for unused in (False, True):
         one, two = (run(trace, n, contention=0.0, find_unused_parameters=unused).epochs[0] for n in (1, 2))
         hooks_s = hook_seconds(cluster(), 2) * (len(network.gradients) + unused)
-        assert two.backward_s == pytest.approx(one.backward_s + hooks_s, rel=1e-9)
-        assert two.forward_s == pytest.approx(one.forward_s, rel=1e-9)
+        slower = 1 + load_scaling().slowdown
+        assert two.backward_s == pytest.approx(slower * one.backward_s + hooks_s, rel=1e-9)
+        assert two.forward_s == pytest.approx(slower * one.forward_s, rel=1e-9)
 
 
 def test_gpus_pay_for_hooks_and_for_no_more_than_their_share_of_the_update(dense: Trace) -> None:
-    """On the data sheet's watts: hooks, reductions and gathering at the power of waiting, an update at streaming's."""
+    """On the data sheet's watts: hooks, reductions and gathering at the power of waiting, an update at streaming's.
+
+    What a GPU among others computes more slowly is at the power of what it computes.
+    """
     trace = msgspec.structs.replace(dense, epochs=tuple(msgspec.structs.replace(e, device=None) for e in dense.epochs))
     power = published_power(cluster().gpu)
     one, two = (run(trace, gpus, contention=0.0).epochs[0] for gpus in (1, 2))
     each_j = [epoch.energy_j / (gpus * epoch.num_iterations) for gpus, epoch in ((1, one), (2, two)) if epoch.energy_j]
-    assert each_j[1] - each_j[0] == pytest.approx((two.step_s - one.step_s) * power.waiting_w, rel=1e-6)
+    slower = 1 + load_scaling().slowdown
+    beside_s = two.step_s - one.step_s - (slower - 1) * one.compute_s
+    assert each_j[1] == pytest.approx(slower * each_j[0] + beside_s * power.waiting_w, rel=1e-6)
     whole, sharded = (run(trace, 8, contention=0.0, sharding=name).epochs[0] for name in ("none", "zero1"))
     assert sharded.forward_s == pytest.approx(whole.forward_s, rel=1e-9)
     assert sharded.backward_s == pytest.approx(whole.backward_s, rel=1e-9)
@@ -125,7 +132,7 @@ def test_what_accumulated_passes_take_while_the_update_is_sharded_adds_up_by_han
         cluster().gpu,
         StepSetting(batch=-(-epoch.batch_per_gpu // 4), precision=Precision.FP32, num_gpus=8),
         measurements=Measurements(profiles=trace.profiles, source_device=match_device(trace.run.device.name)),
-    )
+    ).scaled(1 + load_scaling().slowdown)
     power = published_power(cluster().gpu)
     streaming_s = one.forward_s + one.backward_s - one.product_s
     passes_j = 4 * (one.product_s * power.product_w + streaming_s * power.stream_w + one.overhead_s * power.waiting_w)
