@@ -19,10 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import tomli_w
-from public_rows import Case, Predictor, layer_cases, training_cases
+from fit_scaling import deduced_rows
+from public_rows import Case, Predictor, cases_of, layer_cases, training_cases
 
 from ptsim.costs.datasheet import Efficiency, Fit, Host, device_factor
 from ptsim.costs.kernels import Floats
+from ptsim.costs.scaling import load_scaling
 from ptsim.hardware.catalog import load_device
 from ptsim.textfile import write_whole
 
@@ -249,6 +251,11 @@ class Problem:
         return sd
 
 
+def evidence() -> list[Case]:
+    """Every row of one GPU, and what rows of many GPUs say of one."""
+    return [*training_cases(), *cases_of(deduced_rows(load_scaling()))]
+
+
 def fit(training: list[Case], layers: list[Case]) -> Fitted:
     """The efficiencies that explain these cases best.
 
@@ -294,7 +301,7 @@ def _campaign(case: Case) -> str:
 def main() -> None:
     """Fit all rows and write the result."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    training, layers = training_cases(), layer_cases()
+    training, layers = evidence(), layer_cases()
     fitted = fit(training, layers)
     document = {
         "efficiency": {name: float(f"{getattr(fitted.efficiency, name):.4g}") for name in PRIORS},

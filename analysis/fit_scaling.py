@@ -63,6 +63,8 @@ def cluster_of(row: pd.Series) -> Cluster:
     device = load_device(row.device)
     if isinstance(row.cluster, str):
         cluster = msgspec.structs.replace(load_cluster(row.cluster), device=device)
+        if not pd.isna(row.gpus_per_node):
+            cluster = msgspec.structs.replace(cluster, gpus_per_node=int(row.gpus_per_node))
         if cluster.inter is None or pd.isna(rate := row.get("inter_gbit_per_s")):
             return cluster
         inter = msgspec.structs.replace(cluster.inter, bandwidth_bytes_per_s=rate * GBIT)

@@ -95,10 +95,15 @@ def _holds(made: ManyGpus, scaled: pd.Series) -> pd.Series:
     return scaled.between(made.low, made.high)
 
 
-def later() -> pd.DataFrame:
-    """Rows that were collected after the fit, as what ptsim ships predicts them."""
+def later(young_share: float) -> pd.DataFrame:
+    """Rows that were collected after the fit, as what ptsim ships predicts them.
+
+    Args:
+        young_share: by which share software that was young for its GPU takes longer, says the fit.
+    """
     table = many_table("training_many_later")
-    found = pd.DataFrame([_line("later", case.source, case, load_scaling()) for case in cases(table=table)])
+    made = cases(table=table, young_share=young_share)
+    found = pd.DataFrame([_line("later", case.source, case, load_scaling()) for case in made])
     inside = _holds(load_intervals().many_gpus, _scaled(found))
     return found.assign(model=table.model, precision=table.precision, inside=inside)
 
