@@ -24,8 +24,8 @@ import msgspec
 import numpy as np
 import pandas as pd
 import tomli_w
-from fit_efficiency import MACHINE_SD, Problem
-from public_rows import Case, layer_cases, training_cases
+from fit_efficiency import MACHINE_SD, Problem, evidence, fit
+from public_rows import Case, layer_cases
 from residuals import chip_name, ends
 
 from ptsim.costs.datasheet import Fit, Interval, Intervals, ManyGpus, kernel_seconds, load_intervals, spreads
@@ -82,13 +82,13 @@ def leave_out(training: list[Case], layers: list[Case], every: int = 1) -> pd.Da
     )
     keys["both"] = keys.gpu + " " + keys.network
     chips = np.array([chip_name(case.device) for case in layers], dtype=object)
-    pytorch = np.array([case.row.framework == "PyTorch" for case in training])
+    tells = np.array([case.tells for case in training])
     everything = np.ones(len(training), np.bool_), np.ones(len(layers), np.bool_)
     start = problem.solve(problem.weights(*everything))
     jacobian = problem.jacobian(start)
     table = []
     for way in WAYS:
-        for group in sorted(keys[way][pytorch].unique())[::every]:
+        for group in sorted(keys[way][tells].unique())[::every]:
             test = (keys[way] == group).to_numpy()
             gpu, network = keys.gpu[test].iloc[0], keys.network[test].iloc[0]
             without_gpu = (keys.gpu == gpu).to_numpy() & (way != "network")
@@ -97,12 +97,12 @@ def leave_out(training: list[Case], layers: list[Case], every: int = 1) -> pd.Da
             single = (chips != gpu) | (way == "network")
             weights = problem.weights(kept, single)
             fitted = problem.fitted(problem.solve(weights, start, jacobian), weights)
-            known = sorted({case.device for case, keep in zip(training, kept & pytorch, strict=True) if keep})
+            known = sorted({case.device for case, keep in zip(training, kept & tells, strict=True) if keep})
             fit = fitted.shipped(known)
             predicted = fitted.predict(problem.networks, fit)
             table += [
                 _line(way, group, training[index], fit, float(predicted[index]))
-                for index in np.flatnonzero(test & pytorch)
+                for index in np.flatnonzero(test & tells)
             ]
         print(f"{way}: {sum(row['way'] == way for row in table)} rows", file=sys.stderr)
     return pd.DataFrame(table)
@@ -451,14 +451,15 @@ torch's formulas, operator by operator, and was looked at once: no figure of the
 def main() -> None:
     """Print the tables and write the page."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    training, layers = training_cases(), layer_cases()
+    training, layers = evidence(), layer_cases()
     rows = leave_out(training, layers)
     ship(intervals(rows, load_intervals().many_gpus))
     many = many_gpus.leave_out(training, layers)  # in units of what has just been shipped
     ship(intervals(rows, many_gpus.interval(many)))
     for table in (summary(rows), many_gpus.summary(many), by_device(rows), by_network(rows)):
         print(table.to_string(index=False))
-    write_whole(PAGE, page(rows, many, many_gpus.later()))
+    young_share = fit(training, layers).nuisance["young_software"]
+    write_whole(PAGE, page(rows, many, many_gpus.later(young_share)))
 
 
 def ship(made: Intervals) -> None:

@@ -309,7 +309,7 @@ def main() -> None:
         "devices": {
             device: float(f"{factor:.4g}")
             for device, factor in fitted.device_factor.items()
-            if any(case.device == device and case.row.framework == "PyTorch" for case in training)
+            if any(case.device == device and case.tells for case in training)
         },
     }
     header = (

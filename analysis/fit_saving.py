@@ -55,11 +55,9 @@ def left_out(cases: list[Case], every: int = 1) -> pd.DataFrame:
     chips = [chip_name(case.device) for case in cases]
     order = [
         index
-        for group in sorted({c for c, case in zip(chips, cases, strict=True) if case.row.framework == "PyTorch"})[
-            ::every
-        ]
+        for group in sorted({c for c, case in zip(chips, cases, strict=True) if case.tells})[::every]
         for index in range(len(cases))
-        if chips[index] == group and cases[index].row.framework == "PyTorch"
+        if chips[index] == group and cases[index].tells
     ]
     kept = [cases[index].row for index in order]
     return rows.assign(

@@ -149,7 +149,7 @@ def deduced_rows(scaling: Scaling) -> pd.DataFrame:
             added_s = msgspec.structs.replace(case, alone_s=alone_s).predict(scaling, as_alone=True) - alone_s
             alone_s = case.seconds - added_s
         rates.append(batch / alone_s)
-    return as_alone(table.assign(images_per_s=rates))
+    return as_alone(table.assign(images_per_s=rates), deduced=True)
 
 
 def fit(known: Sequence[Case]) -> Scaling:

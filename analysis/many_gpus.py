@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from fit_efficiency import Problem
+from fit_efficiency import Problem, evidence, fit
 from fit_scaling import Case as ManyCase
 from fit_scaling import cases
 from fit_scaling import fit as fit_scaling
-from public_rows import Case, layer_cases, many_table, training_cases
+from public_rows import Case, layer_cases, many_table
 from residuals import chip_name, ends
 
 from ptsim.costs.datasheet import ManyGpus, load_intervals
@@ -155,8 +155,9 @@ def _summary(name: str, part: pd.DataFrame) -> dict[str, object]:
 
 def main() -> None:
     """Print the tables."""
-    found = leave_out(training_cases(), layer_cases())
-    for table in (summary(found), by_source(found), by_source(later()), later()):
+    found = leave_out(evidence(), layer_cases())
+    since = later(fit(evidence(), layer_cases()).nuisance["young_software"])
+    for table in (summary(found), by_source(found), by_source(since), since):
         print(table.to_string(index=False))
 
 

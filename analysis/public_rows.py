@@ -83,6 +83,7 @@ class Case:
     machine: str  # whose host launched: source and device
     row: pd.Series
     young: bool  # of software that had not learned its GPU's generation yet
+    tells: bool  # a measurement of PyTorch on one GPU; TensorFlow's and deduced ones serve the fit, and test nothing
 
 
 @functools.lru_cache(maxsize=1)
@@ -99,7 +100,7 @@ def training_table() -> pd.DataFrame:
     files = {name: pd.read_csv(PUBLIC / f"{name}.csv") for name in FILES}
     table = pd.concat([rows.assign(file=name) for name, rows in files.items()], ignore_index=True)
     defaults = {"image_size": 224, "optimizer": "sgd"}
-    return table.fillna(defaults).astype({"image_size": int})
+    return table.fillna(defaults).astype({"image_size": int}).assign(deduced=False)
 
 
 def many_table(name: str = "training_many") -> pd.DataFrame:
@@ -118,13 +119,13 @@ def alone_table() -> pd.DataFrame:
     alone = alone.drop_duplicates([*SAME_TEST, "software", "images_per_s"])
     known = alone.reset_index().merge(training_table()[[*SAME_TEST, "images_per_s"]], on=SAME_TEST)
     alike = (known.images_per_s_x / known.images_per_s_y - 1).abs() < SAME_SPEED
-    return as_alone(alone.drop(index=known["index"][alike].unique()))
+    return as_alone(alone.drop(index=known["index"][alike].unique()), deduced=False)
 
 
-def as_alone(rows: pd.DataFrame) -> pd.DataFrame:
+def as_alone(rows: pd.DataFrame, *, deduced: bool) -> pd.DataFrame:
     """Rows of many GPUs, whose `images_per_s` are one GPU's, in the columns of `training_table`."""
     how = {"framework": "PyTorch", "whole_model_fp16": False, "with_optimizer": True, "host_copy": False}
-    return rows.assign(**how, file="training_many")
+    return rows.assign(**how, file="training_many", deduced=deduced)
 
 
 def is_young(device: Device, software: str) -> bool:
@@ -191,6 +192,7 @@ def cases_of(table: pd.DataFrame) -> list[Case]:
                 machine=f"{row.source} {row.device}",
                 row=row,
                 young=is_young(device, row.software),
+                tells=row.framework == "PyTorch" and not row.get("deduced", False),
             )
         )
     return cases
@@ -314,6 +316,7 @@ def _layer_case(kernel: Kernel, row: pd.Series, device: str, precision: Precisio
         machine="",
         row=row,
         young=False,
+        tells=False,
     )
 
 

@@ -58,7 +58,7 @@ def test_every_row_that_was_left_out_keeps_its_own_table(monkeypatch: pytest.Mon
             framework=framework, source=source, source_path="a/b.csv", software="torch 2", image_size=224,
             with_optimizer=True,
         )  # fmt: skip
-        return SimpleNamespace(device=device, row=row)
+        return SimpleNamespace(device=device, row=row, tells=framework == "PyTorch")
 
     cases = [
         case("v100-sxm2-16gb", "one"), case("a100-sxm4-40gb", "two"), case("v100-sxm2-16gb", "three", "TensorFlow"),
