@@ -15,7 +15,7 @@ from fit_scaling import Case as ManyCase
 from fit_scaling import cases
 from fit_scaling import fit as fit_scaling
 from public_rows import Case, layer_cases, many_table
-from residuals import chip_name, ends
+from residuals import chip_name, correlation, ends
 
 from ptsim.costs.datasheet import ManyGpus, load_intervals
 from ptsim.costs.scaling import Scaling, load_scaling
@@ -70,10 +70,10 @@ def _line(way: str, group: str, case: ManyCase, scaling: Scaling) -> dict[str, o
 def interval(rows: pd.DataFrame) -> ManyGpus:
     """The 90 % prediction interval of one more GPU's steps on many, in units of the step's interval on one.
 
-    The rows of a GPU and source, left out one way, count once together.
+    The rows of a GPU from one source, left out one way, are a group.
     """
-    chips = rows.device.map(chip_name)
-    low, high = ends(_scaled(rows), chips, rows.way + rows.source + chips)
+    scaled, groups = _scaled(rows), rows.way + rows.source + rows.device.map(chip_name)
+    low, high = ends(scaled, groups, alike=correlation(scaled, groups))
     return ManyGpus(low=low, high=high)
 
 
