@@ -130,6 +130,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
             "… 2 to 4 GPUs": part[part.num_gpus <= 4],
             "… 8 GPUs": part[part.num_gpus == 8],
             "… 16 to 64 GPUs": part[part.num_gpus > 8],
+            "… of the first two sources": part[part.source.str.contains("DeepLearningExamples|lambdal")],
         }.items():
             if len(some):
                 lines.append(_summary(name, some))
