@@ -144,31 +144,36 @@ def left_out(label: str, count: str = "rows") -> Callable[[Path], Figures]:
 
 
 def many_gpus(root: Path) -> Figures:
-    """Steps of many GPUs, the GPU or the source left out; then which part is off, source by source."""
+    """Steps of many GPUs, the GPU or the source left out; then which part is off, in the two largest sources."""
     gpu, source = (page_row(root, f"{way} left out", column="its bias, points") for way in ("GPU", "source"))
     parts = [page_row(root, "source", name) for name in ("DeepLearningExamples", "deeplearning-benchmark")]
     alone, added = (" and ".join(row[f"{part}: median error %"] for row in parts) for part in ("one GPU", "added"))
+    off = "scaling efficiency off by, points"
     return [
-        f"GPU left out: median error {gpu['median error %']} %, {gpu['coverage %']} % inside the 90 % interval",
-        f"every GPU counted once {gpu['mean coverage of GPUs %']} %",
+        f"GPU left out: median error {gpu['median error %']} %, {_signed(gpu['bias %'])} % bias",
+        f"{gpu['coverage %']} % inside the 90 % interval (every GPU counted once {gpu['mean coverage of GPUs %']} %)",
         f"{gpu['rows']} published throughputs",
         f"{gpu['GPUs']} GPUs",
-        f"source left out: {source['median error %']} %",
+        f"source left out: {source['median error %']} %, {_signed(source['bias %'])} % bias",
         f"one GPU's step is {alone} % off, what the others add {added} %",
         f"{source['coverage %']} % inside",
+        f"scaling efficiency {gpu[off]} and {source[off]} points off",
     ]
+
+
+def _signed(number: str) -> str:
+    return number.replace("-", "−")
 
 
 def many_gpus_later(root: Path) -> Figures:
     """Rows of two sources that no fit has seen."""
-    dlperf, pycls = (page_row(root, name) for name in ("DLPerf", "pycls"))
-    rows = [int(row["rows"]) for row in (dlperf, pycls)]
-    inside = [round(count * float(row["coverage %"]) / 100) for count, row in zip(rows, (dlperf, pycls), strict=True)]
-    every = "all" if inside[0] == rows[0] else f"{dlperf['coverage %']} %"
+    perf, csc = (page_row(root, name) for name in ("Perf", "ml-benchmarks"))
+    rows = [int(row["rows"]) for row in (perf, csc)]
+    inside = [round(count * float(row["coverage %"]) / 100) for count, row in zip(rows, (perf, csc), strict=True)]
     return [
-        f"DLPerf, {rows[0]} rows: median error {dlperf['median error %']} %, {every} inside the 90 % interval",
-        f"pycls, {rows[1]} rows in fp32: {pycls['median error %']} %, {pycls['coverage %']} % inside",
-        f"{percent(sum(inside) / sum(rows), 1)} of all are inside",
+        f"Perf, {rows[0]} rows: median error {perf['median error %']} %, {perf['coverage %']} % inside",
+        f"ml-benchmarks, {rows[1]} rows: {csc['median error %']} %, {inside[1]} inside",
+        f"{percent(sum(inside) / sum(rows), 1)} of all are inside the 90 % interval",
         f"{sum(rows)} published throughputs",
     ]
 
