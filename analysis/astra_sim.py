@@ -34,7 +34,7 @@ from ptsim.costs.collectives import (
     reduction,
 )
 from ptsim.costs.measured import find_profile, step_of_profile
-from ptsim.costs.scaling import contention_of, hook_seconds
+from ptsim.costs.scaling import among, contention_of, hook_seconds
 from ptsim.costs.step import step_time
 from ptsim.costs.times import LayerTime, StepTime
 from ptsim.export.chakra import Collective, Node, encode_trace, step_nodes
@@ -177,7 +177,7 @@ def step_row(
         def chosen(size: int) -> AllReduceTime:  # without being told the algorithm
             return reduction(size, cluster, gpus, sharded=shards is not None)
 
-        said = data_parallel_step(network, step, chosen, **costs, **same).expected
+        said = data_parallel_step(network, among(step, cluster, gpus), chosen, **costs, **same).expected
         row |= {"simulate_ms": 1e3 * said.step_s, "simulate_wait_ms": 1e3 * said.communication_wait_s}
     return row
 

@@ -23,7 +23,7 @@ from public_rows import as_alone, is_young, many_table, networks, update_of
 from scipy.optimize import least_squares
 
 from ptsim.costs.buckets import ddp_buckets
-from ptsim.costs.collectives import all_reduce
+from ptsim.costs.collectives import all_reduce, nodes_for
 from ptsim.costs.datasheet import Fit, chip_of, datasheet_step, load_fit
 from ptsim.costs.scaling import Scaling
 from ptsim.costs.times import StepTime
@@ -48,7 +48,7 @@ PCIE_BYTES_PER_S = {
     "ada": 31.5e9,
     "hopper": 63e9,
 }
-GPUS_PER_NODE = 8  # of every row's machine
+GPUS_PER_NODE = 8  # of a machine whose GPUs are on PCIe slots
 ROW_SD = 0.02  # of ln(time) of a row
 # Proteus's data-parallel CNNs use 0.3, other simulators 0.1 to 0.3: NVLink's share of a step is too small to fit it.
 OTHER_CONTENTION = 0.2
@@ -141,7 +141,8 @@ def deduced_rows(scaling: Scaling) -> pd.DataFrame:
     They say what the step takes on one GPU, but not what scaling costs; columns as in `training_table`.
     """
     table = many_table()
-    table = table[table.alone_images_per_s.isna() & ~table.stepwise & (table.num_gpus <= GPUS_PER_NODE)]
+    table = table[table.alone_images_per_s.isna() & ~table.stepwise]
+    table = table[[nodes_for(cluster_of(row), row.num_gpus) == 1 for _, row in table.iterrows()]]
     rates = []
     for case, batch in zip(cases(table=table), table.batch, strict=True):
         alone_s = case.step.compute_s

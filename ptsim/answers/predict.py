@@ -51,6 +51,8 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         low, high: 90 % interval of `step_seconds`, in seconds.
         images_per_second: of all GPUs together; `low_images_per_second` goes with `high`, and the other way round.
         tier: the worst that the computation comes from; `network_tier` that of the all-reduces, None on one GPU.
+        forward_seconds, backward_seconds, optimizer_seconds, overhead_seconds: of the computation, which takes a little
+            longer on a GPU among others than on one alone (`costs.scaling`); `by_kind` has the first two.
         exposed_communication_seconds: what the all-reduces add to the step; 0 on one GPU.
         communication_wait_seconds: for which the GPU stands still of that; for the rest it computes more slowly.
         peak_memory_bytes: of one GPU, as the framework's allocator counts; `fits` compares what the process needs on

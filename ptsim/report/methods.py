@@ -174,6 +174,15 @@ def _option_rows(projector: Projector) -> Iterator[Row]:
         f"computation and communication slow each other down while both run ({_contention()}, unless given); the "
         "interval covers half to one and a half times that",
     )
+    if cluster.library == "nccl":
+        fitted = load_scaling()
+        slower, hook = f"computation {100 * fitted.slowdown:.1f} % longer", format_seconds(fitted.tensor_s)
+        yield _row(
+            "on several GPUs",
+            f"{slower}, and {hook} per gradient tensor",
+            "fitted on published steps of one GPU and of several (docs/cross_validation.md); a step that was recorded "
+            "among several GPUs has it already",
+        )
     yield _input_row(options, cluster)
     yield _row(
         "mini-batch",

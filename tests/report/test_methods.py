@@ -42,6 +42,7 @@ def test_what_the_numbers_rest_on_by_hand(trace: Trace) -> None:
         "price": "none",
         "CO₂ of a kWh": "400 g",
         "overlap": "as fitted for the link",
+        "on several GPUs": "computation 1.0 % longer, and 46.0 µs per gradient tensor",
         "input pipeline": "keeps up",
         "mini-batch": "weak scaling",
     }
