@@ -313,7 +313,7 @@ def check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | No
         overlap = not trace.compiled  # a compiled step's gradients become ready together, at its end
         communication = {size: _Communication(cluster, size, overlap=overlap) for size in parallel_sizes}
     device = match_device(run.device.name)
-    energy = _Energy(trace, device)
+    energy = _Energy(trace, device, cluster)
     wrapped = {trace.epochs[0].epoch, *(event.epoch + 1 for event in changes(trace))}  # in front of these epochs
     odd = [epoch.epoch for epoch in trace.epochs if device is not None and not _power_is_plausible(epoch, device)]
     notes = _run_notes(trace, pace, odd)
@@ -438,10 +438,12 @@ def _check_epoch(
     )
 
 
-def fit_power_model(trace: Trace, num_epochs: int | None = None) -> PowerModel | None:
+def fit_power_model(
+    trace: Trace, num_epochs: int | None = None, *, cluster: Cluster | None = None
+) -> PowerModel | None:
     """The run's GPU's power model, fitted to what NVML sampled in its (first `num_epochs`) epochs.
 
-    None where nothing was sampled, no epoch was profiled, or the catalog does not know the GPU's limits.
+    On the `cluster` of a data-parallel run its steps count as they are predicted, `among` others. None where nothing was sampled, no epoch was profiled, or the catalog does not know the GPU's limits.
     """
     device = match_device(trace.run.device.name)
     if device is None:
@@ -453,6 +455,7 @@ def fit_power_model(trace: Trace, num_epochs: int | None = None) -> PowerModel |
         power_w = epoch.mean_power_w
         if profile is not None and power_w is not None and is_plausible(device, power_w):
             step = recorded_step(network, profile, setting).accumulated(setting.passes)
+            step = step if cluster is None else among(step, cluster, epoch.world_size)
             waiting_s = max(epoch.time.wall_s / epoch.num_iterations - step.compute_s, 0.0)
             samples.append(PowerSample(step=step, waiting_s=waiting_s, power_w=power_w))
     return fit_power(device, samples) if samples else None
@@ -469,10 +472,10 @@ class _Energy:
     By its power model, which knows what a step is made of; where the catalog does not know the GPU, by its mean.
     """
 
-    def __init__(self, trace: Trace, device: Device | None) -> None:
+    def __init__(self, trace: Trace, device: Device | None, cluster: Cluster | None) -> None:
         several = len(trace.epochs) > 1
         self._power_w = trace.epochs[0].mean_power_w if several else None
-        self._model = fit_power_model(trace, 1) if several else None
+        self._model = fit_power_model(trace, 1, cluster=cluster) if several else None
         self._device = device
 
     def joules(self, step: StepTime, num_iterations: int, predicted_s: float) -> float | None:

@@ -7,7 +7,7 @@ Three things, all fitted on published trainings with one GPU and with many in th
   which the GPU waits or which it does itself. It does not depend on how many GPUs there are.
 * Over PCIe an all-reduce and the computation beside it hold each other up so much that nothing is gained by overlap.
 
-That the slowest of n GPUs decides (their speeds would differ at random) was tried beside these two and found to
+That the slowest of n GPUs decides (their speeds would differ at random) was tried beside the last two and found to
 explain nothing: the fit gives it a spread of 0.05 % per GPU.
 """
 
@@ -86,9 +86,8 @@ def slowed(step: StepTime, num_gpus: int, *, on_gpus: bool) -> StepTime:
 def among(step: StepTime, cluster: Cluster, num_gpus: int) -> StepTime:
     """The step of one GPU as part of a step of `num_gpus`: `slowed`, and with the interval that it has there.
 
-    On many GPUs a step from the data sheet has
-    residuals of its own, which hold what the others add to it. Every other interval stays as it is: `widened` adds
-    what many GPUs add.
+    On many GPUs a step from the data sheet has residuals of its own, which hold what the others add to it. Every other
+    interval stays as wide relative to the step as it is: `widened` adds what many GPUs add.
     """
     if not _scales(cluster, num_gpus):
         return step

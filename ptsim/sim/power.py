@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ptsim.costs.energy import PowerModel, PowerSample, fit_power, is_plausible, published_power, step_energy
-from ptsim.costs.scaling import slowdown
+from ptsim.costs.scaling import slowdown, slowed
 from ptsim.costs.step import StepTime, step_time
 from ptsim.sim.planning import Stage
 from ptsim.sim.projection import EpochProjection
@@ -45,8 +45,8 @@ class Power:
         setting = scenario.setting(stage.batch, stage.epoch)
         passes = scenario.num_passes(stage.batch, stage.epoch)
         own = step.accumulated(passes).updating(setting.update_share)
-        among = slowdown(scenario.cluster, scenario.num_gpus)
-        key = ("energy", model, stage.id, scenario.device_key, setting.alone, setting.update_share, passes, among)
+        slower = slowdown(scenario.cluster, scenario.num_gpus)
+        key = ("energy", model, stage.id, scenario.device_key, setting.alone, setting.update_share, passes, slower)
         computing_j = scenario.cache.get(key, lambda: step_energy(own, scenario.device, model=model).joules)
         return computing_j + max(0.0, result.step_s - own.compute_s) * model.waiting_w
 
@@ -87,9 +87,10 @@ class Power:
 
     def _recorded_step_time(self, epoch: Epoch) -> StepTime:
         scenario, setting = self.scenario, self.scenario.trace.setting_of(epoch).alone
-        return scenario.cache.get(
+        alone = scenario.cache.get(
             ("step", epoch.architecture, scenario.device_key, setting),
             lambda: step_time(
                 scenario.trace.network_of(epoch), scenario.device, setting, measurements=scenario.measurements
             ),
         )
+        return slowed(alone, epoch.world_size, on_gpus=scenario.device.is_gpu)

@@ -14,6 +14,7 @@ from ptsim.cli.main import run
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import PowerSample, fit_power
+from ptsim.costs.measured import measured_step
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.scaling import load_scaling
 from ptsim.costs.times import LayerTime, StepTime
@@ -651,6 +652,29 @@ def test_a_power_model_is_fitted_to_what_steps_compute_in_all_their_passes_and_t
     assert found is not None
     watts = (found.product_w, found.stream_w, found.waiting_w)
     assert watts == pytest.approx((expected.product_w, expected.stream_w, expected.waiting_w))
+
+
+def test_a_power_model_takes_a_gpu_among_others_for_as_slow_as_its_prediction(tmp_path: Path) -> None:
+    """A rank's step of 1 s, recorded alone, in an epoch of 2 s a step, at 250 W in the mean."""
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", world_size=4, **LONG))
+    first, network = trace.epochs[0], trace.final_network
+    step = measured_step(network, trace.profiles, trace.setting_of(first))
+    step = step.scaled(1 / step.compute_s)
+    (profile,) = trace.profiles
+    phases = ("forward_s", "backward_s", "optimizer_s", "step_s")
+    profile = msgspec.structs.replace(profile, **{name: getattr(profile, name) / profile.step_s for name in phases})
+    wall_s = 2.0 * first.num_iterations
+    use = msgspec.structs.replace(first.device, energy_j=250.0 * wall_s)
+    epoch = msgspec.structs.replace(
+        first, measured_time=msgspec.structs.replace(first.time, wall_s=wall_s), device=use
+    )
+    trace = msgspec.structs.replace(trace, epochs=(epoch,), profiles=(profile,))
+    for cluster, slower in ((None, 1.0), (constant_all_reduces(0.25), 1 + SCALING.slowdown)):
+        sample = PowerSample(step=step.scaled(slower), waiting_s=2 - slower, power_w=250.0)
+        expected, found = fit_power(load_device("a100"), [sample]), fit_power_model(trace, cluster=cluster)
+        assert found is not None
+        watts = (found.product_w, found.stream_w, found.waiting_w)
+        assert watts == pytest.approx((expected.product_w, expected.stream_w, expected.waiting_w), rel=1e-9)
 
 
 def test_a_dense_run_measured_no_penalty_whatever_passed_between_two_clocks(tmp_path: Path) -> None:

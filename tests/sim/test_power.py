@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from ptsim.costs.energy import PowerSample, fit_power
+from ptsim.costs.scaling import load_scaling
 from ptsim.costs.step import Measurements, step_time
 from ptsim.hardware.catalog import load_device, match_device
 from ptsim.setting import StepSetting
@@ -147,13 +148,15 @@ def test_recorded_powers_count_for_the_board_that_they_are_of(
     assert model.source == source
 
 
-def test_what_a_recorded_epoch_waited_is_no_work_in_the_fit(sampled: Trace) -> None:
-    """Of an epoch twice as long as its steps, the GPU waits for half."""
-    first = sampled.epochs[0]
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_what_a_recorded_epoch_waited_is_no_work_in_the_fit(sampled: Trace, world_size: int) -> None:
+    """Of an epoch twice as long as its steps, the GPU waits for half. Among others a GPU computes more slowly."""
+    first = msgspec.structs.replace(sampled.epochs[0], world_size=world_size)
     setting = sampled.setting_of(first)
     device = cluster().gpu
     known = Measurements(profiles=sampled.profiles, source_device=device)
-    step = step_time(sampled.network_of(first), device, setting, measurements=known)
+    alone = step_time(sampled.network_of(first), device, setting.alone, measurements=known)
+    step = alone if world_size == 1 else alone.scaled(1 + load_scaling().slowdown)
     wall_s = 2 * step.compute_s * first.num_iterations
     time = msgspec.structs.replace(first.time, wall_s=wall_s)
     assert first.device is not None
