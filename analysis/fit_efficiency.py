@@ -5,7 +5,8 @@
 A maximum a posteriori fit: every parameter has a prior from hardware documentation or experience, residuals are of
 log(predicted / measured) under a robust loss. A few nuisance parameters exist in the fit only: young software on a new
 GPU, the frameworks of the single-layer campaigns, and a factor per GPU, which predictions for that GPU keep.
-The intervals come from `analysis/cross_validate.py`, which is to be run after this.
+Rows of several GPUs are deduced with what `analysis/fit_scaling.py` wrote, which is to be run before this. The
+intervals come from `analysis/cross_validate.py`, which is to be run after it.
 """
 
 from __future__ import annotations
@@ -252,7 +253,11 @@ class Problem:
 
 
 def evidence() -> list[Case]:
-    """Every row of one GPU, and what rows of many GPUs say of one."""
+    """Every row of one GPU, and what rows of many GPUs say of one.
+
+    The latter by constants that are fitted on all sources, also where a source is left out then. With the constants
+    that the fit without that source gives, they move by 0.1 to 0.4 % in the median, and by 2.3 % at most.
+    """
     return [*training_cases(), *cases_of(deduced_rows(load_scaling()))]
 
 

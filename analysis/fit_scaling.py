@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 import tomli_w
-from public_rows import as_alone, is_young, many_table, networks, update_of
+from public_rows import is_young, many_table, networks, one_gpu_rows, update_of
 from scipy.optimize import least_squares
 
 from ptsim.costs.buckets import ddp_buckets
@@ -84,6 +84,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     alone_s: float | None
     device: str
     source: str
+    stepwise: bool  # every step was timed by itself
 
     def predict(self, scaling: Scaling, *, as_alone: bool) -> float:
         """Seconds of the step; `as_alone` takes what one GPU was measured to need for its computation."""
@@ -130,6 +131,7 @@ def cases(fit: Fit | None = None, table: pd.DataFrame | None = None, *, young_sh
                 alone_s=None if pd.isna(row.alone_images_per_s) else row.batch / row.alone_images_per_s,
                 device=row.device,
                 source=row.source,
+                stepwise=row.stepwise,
             )
         )
     return found
@@ -138,7 +140,8 @@ def cases(fit: Fit | None = None, table: pd.DataFrame | None = None, *, young_sh
 def deduced_rows(scaling: Scaling) -> pd.DataFrame:
     """Rows of one machine whose test has none of one GPU, less what `scaling` says the others add.
 
-    They say what the step takes on one GPU, but not what scaling costs; columns as in `training_table`.
+    They say what the step takes on one GPU, but not what scaling costs; columns as in `training_table`. A test with 2,
+    4 and 8 GPUs gives three of them.
     """
     table = many_table()
     table = table[table.alone_images_per_s.isna() & ~table.stepwise]
@@ -150,7 +153,7 @@ def deduced_rows(scaling: Scaling) -> pd.DataFrame:
             added_s = msgspec.structs.replace(case, alone_s=alone_s).predict(scaling, as_alone=True) - alone_s
             alone_s = case.seconds - added_s
         rates.append(batch / alone_s)
-    return as_alone(table.assign(images_per_s=rates), deduced=True)
+    return one_gpu_rows(table.assign(images_per_s=rates), deduced=True)
 
 
 def fit(known: Sequence[Case]) -> Scaling:

@@ -26,6 +26,7 @@ def leave_out(training: list[Case], layers: list[Case]) -> pd.DataFrame:
     problem = Problem(training, layers)
     table = many_table()
     chips = {name: chip_name(name) for name in {*table.device, *(case.device for case in (*training, *layers))}}
+    tells = np.array([case.tells for case in training])
     start = problem.solve(problem.weights(np.ones(len(training), np.bool_), np.ones(len(layers), np.bool_)))
     jacobian = problem.jacobian(start)
     shipped = cases()
@@ -39,7 +40,7 @@ def leave_out(training: list[Case], layers: list[Case]) -> pd.DataFrame:
                 kept, single = np.array([case.row.source != group for case in training]), np.ones(len(layers), np.bool_)
             weights = problem.weights(kept, single)
             fitted = problem.fitted(problem.solve(weights, start, jacobian), weights)
-            known = sorted({case.device for case, keep in zip(training, kept, strict=True) if keep})
+            known = sorted({case.device for case, keep in zip(training, kept & tells, strict=True) if keep})
             own = (keys == group).to_numpy()
             scaling = fit_scaling([case for case, out in zip(shipped, own, strict=True) if not out])
             mine = cases(fitted.shipped(known), table[own], young_share=fitted.nuisance["young_software"])
@@ -57,6 +58,7 @@ def _line(way: str, group: str, case: ManyCase, scaling: Scaling) -> dict[str, o
         "device": case.device,
         "source": case.source,
         "num_gpus": case.num_gpus,
+        "stepwise": case.stepwise,
         "log_ratio": float(np.log(case.seconds / expected_s)),
         "below": float(np.log(case.step.compute_s / case.step.low_s)),
         "above": float(np.log(case.step.high_s / case.step.compute_s)),
@@ -70,11 +72,15 @@ def _line(way: str, group: str, case: ManyCase, scaling: Scaling) -> dict[str, o
 def interval(rows: pd.DataFrame) -> ManyGpus:
     """The 90 % prediction interval of one more GPU's steps on many, in units of the step's interval on one.
 
-    The rows of a GPU from one source, left out one way, are a group.
+    A row counts twice, as it is there once for each way.
     """
-    scaled, groups = _scaled(rows), rows.way + rows.source + rows.device.map(chip_name)
-    low, high = ends(scaled, groups, alike=correlation(scaled, groups))
+    low, high = ends(_scaled(rows), _groups(rows), alike=alike(rows))
     return ManyGpus(low=low, high=high)
+
+
+def alike(rows: pd.DataFrame) -> float:
+    """The intraclass correlation of the residuals of a group, in units of the step's interval on one GPU."""
+    return correlation(_scaled(rows), _groups(rows))
 
 
 def covered(rows: pd.DataFrame) -> pd.Series:
@@ -85,6 +91,11 @@ def covered(rows: pd.DataFrame) -> pd.Series:
         others = rows[(chips if way == "GPU" else rows.source) != group]
         inside[own.index] = _holds(interval(others), scaled[own.index])
     return inside
+
+
+def _groups(rows: pd.DataFrame) -> pd.Series:
+    """Rows of a GPU from one source, left out one way."""
+    return rows.way + rows.source + rows.device.map(chip_name)
 
 
 def _scaled(rows: pd.DataFrame) -> pd.Series:
@@ -106,6 +117,19 @@ def later(young_share: float) -> pd.DataFrame:
     found = pd.DataFrame([_line("later", case.source, case, load_scaling()) for case in made])
     inside = _holds(load_intervals().many_gpus, _scaled(found))
     return found.assign(model=table.model, precision=table.precision, inside=inside)
+
+
+def by_network(later: pd.DataFrame) -> pd.DataFrame:
+    """Median of how much longer than predicted each network took, in the rows that came later."""
+    longer = 100 * np.expm1(later.log_ratio)
+    keys = [later.source.str.rpartition("/")[2].rename("rows of"), later.model, later.precision]
+    return longer.groupby(keys).agg(**{"rows": "size", "longer %": "median"}).round(1).reset_index()
+
+
+def overall(later: pd.DataFrame) -> str:
+    """Error, bias and coverage of rows that came later, as the page's sentence has them."""
+    error, bias = np.expm1(-later.log_ratio).abs().median(), float(np.expm1(later.log_ratio.median()))
+    return f"{100 * error:.1f} %, with a bias of {100 * bias:.1f} % and {100 * later.inside.mean():.1f} % inside"
 
 
 def by_source(rows: pd.DataFrame) -> pd.DataFrame:
@@ -130,6 +154,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
             "… 2 to 4 GPUs": part[part.num_gpus <= 4],
             "… 8 GPUs": part[part.num_gpus == 8],
             "… 16 to 64 GPUs": part[part.num_gpus > 8],
+            "… not timed step by step": part[~part.stepwise],
             "… of the first two sources": part[part.source.str.contains("DeepLearningExamples|lambdal")],
         }.items():
             if len(some):

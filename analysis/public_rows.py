@@ -83,7 +83,7 @@ class Case:
     machine: str  # whose host launched: source and device
     row: pd.Series
     young: bool  # of software that had not learned its GPU's generation yet
-    tells: bool  # a measurement of PyTorch on one GPU; TensorFlow's and deduced ones serve the fit, and test nothing
+    tells: bool  # measured with PyTorch on one GPU: TensorFlow's and deduced ones serve the fit, and test nothing
 
 
 @functools.lru_cache(maxsize=1)
@@ -119,10 +119,10 @@ def alone_table() -> pd.DataFrame:
     alone = alone.drop_duplicates([*SAME_TEST, "software", "images_per_s"])
     known = alone.reset_index().merge(training_table()[[*SAME_TEST, "images_per_s"]], on=SAME_TEST)
     alike = (known.images_per_s_x / known.images_per_s_y - 1).abs() < SAME_SPEED
-    return as_alone(alone.drop(index=known["index"][alike].unique()), deduced=False)
+    return one_gpu_rows(alone.drop(index=known["index"][alike].unique()), deduced=False)
 
 
-def as_alone(rows: pd.DataFrame, *, deduced: bool) -> pd.DataFrame:
+def one_gpu_rows(rows: pd.DataFrame, *, deduced: bool) -> pd.DataFrame:
     """Rows of many GPUs, whose `images_per_s` are one GPU's, in the columns of `training_table`."""
     how = {"framework": "PyTorch", "whole_model_fp16": False, "with_optimizer": True, "host_copy": False}
     return rows.assign(**how, file="training_many", deduced=deduced)
@@ -192,7 +192,7 @@ def cases_of(table: pd.DataFrame) -> list[Case]:
                 machine=f"{row.source} {row.device}",
                 row=row,
                 young=is_young(device, row.software),
-                tells=row.framework == "PyTorch" and not row.get("deduced", False),
+                tells=row.framework == "PyTorch" and not row.deduced,
             )
         )
     return cases

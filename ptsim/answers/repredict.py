@@ -443,7 +443,8 @@ def fit_power_model(
 ) -> PowerModel | None:
     """The run's GPU's power model, fitted to what NVML sampled in its (first `num_epochs`) epochs.
 
-    On the `cluster` of a data-parallel run its steps count as they are predicted, `among` others. None where nothing was sampled, no epoch was profiled, or the catalog does not know the GPU's limits.
+    On the `cluster` of a data-parallel run its steps count as they are predicted, `among` others. None where nothing
+    was sampled, no epoch was profiled, or the catalog does not know the GPU's limits.
     """
     device = match_device(trace.run.device.name)
     if device is None:

@@ -180,8 +180,8 @@ def _option_rows(projector: Projector) -> Iterator[Row]:
         yield _row(
             "on several GPUs",
             f"{slower}, and {hook} per gradient tensor",
-            "fitted on published steps of one GPU and of several (docs/cross_validation.md); a device profile of a step "
-            "on one of several GPUs (ptsim import kineto) has it already",
+            "fitted on published steps of one GPU and of several (docs/cross_validation.md); a device profile that was "
+            "recorded on one of several GPUs (ptsim import kineto) has it already",
         )
     yield _input_row(options, cluster)
     yield _row(

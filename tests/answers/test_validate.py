@@ -665,9 +665,7 @@ def test_a_power_model_takes_a_gpu_among_others_for_as_slow_as_its_prediction(tm
     profile = msgspec.structs.replace(profile, **{name: getattr(profile, name) / profile.step_s for name in phases})
     wall_s = 2.0 * first.num_iterations
     use = msgspec.structs.replace(first.device, energy_j=250.0 * wall_s)
-    epoch = msgspec.structs.replace(
-        first, measured_time=msgspec.structs.replace(first.time, wall_s=wall_s), device=use
-    )
+    epoch = msgspec.structs.replace(first, measured_time=msgspec.structs.replace(first.time, wall_s=wall_s), device=use)
     trace = msgspec.structs.replace(trace, epochs=(epoch,), profiles=(profile,))
     for cluster, slower in ((None, 1.0), (constant_all_reduces(0.25), 1 + SCALING.slowdown)):
         sample = PowerSample(step=step.scaled(slower), waiting_s=2 - slower, power_w=250.0)

@@ -54,6 +54,20 @@ def test_the_interval_of_many_gpus_is_their_own_whatever_was_projected_before(tr
 
 
 @pytest.mark.parametrize(
+    "options", [{}, {"micro_batches": 4, "autotune_trials": 3}, {"mixed_devices": {"v100-sxm2-16gb": 2}}]
+)
+def test_one_gpu_and_one_of_several_keep_their_own_steps_whatever_was_projected_before(
+    trace: Trace, options: dict[str, Any]
+) -> None:
+    """On GPUs, where one among others is slower than alone, and over gloo, where it is not."""
+    over_gloo, cache = msgspec.structs.replace(cluster(), library="gloo"), StepCache()
+    changed = change(Options(), options)
+    for machine, gpus in ((cluster(), 8), (cluster(), 1), (over_gloo, 8), (cluster(), 64), (over_gloo, 1)):
+        shared = project(trace, machine, gpus, changed, cache=cache)
+        assert shared == project(trace, machine, gpus, changed)
+
+
+@pytest.mark.parametrize(
     ("durations", "options", "expected_s"),
     [
         ([(1, 0.25), (1, 1.0), (3, 0.5)], {}, 1.75),  # another program changes the network after pruning did
