@@ -192,6 +192,9 @@ def test_the_accuracy_page_states_errors_and_coverage(script):
             "num_gpus": [8, 64, 8, 64],
             "log_ratio": [0.1, 0.1, 0.0, 0.0],
             "source": ["x/one", "x/two"] * 2,
+            "stepwise": False,
+            "below": 0.1,
+            "above": 0.1,
             "inside": [True, False, True, True],
             "alone_log_ratio": [0.0, math.nan, 0.2, math.nan],
             "added_log_ratio": [0.1, math.nan, -0.2, math.nan],
@@ -224,14 +227,15 @@ def test_rows_of_many_gpus_are_asked_of_the_interval_of_other_gpus_and_of_the_ot
             for ratio in (np.array([-0.01, 0.01]) * (10 if device == "t4" else 1) * (30 if source == "y" else 1))
         ]
     ).assign(below=0.1, above=0.1)
-    rows = pd.concat([rows, *[rows[rows.device == "a10"]] * 9], ignore_index=True)  # many rows count no more
+    rows = pd.concat([rows, *[rows[rows.device == "a10"]] * 9], ignore_index=True)
     inside = many_gpus.covered(rows)
     assert not inside[(rows.way == "GPU") & (rows.device == "t4") & (rows.source == "y")].any()
     assert inside[(rows.way == "source") & (rows.source == "x")].all()
     assert not inside[(rows.way == "source") & (rows.source == "y") & (rows.device == "t4")].any()
     made = many_gpus.interval(rows[(rows.source == "x") & (rows.device != "t4")])
-    # -0.1 to 0.1, by Student's t of 5 GPUs (2.132) over the normal deviate of 90 % (1.282) and sqrt(6 / 5)
-    assert made.high - made.low == pytest.approx(2 * 0.1822, rel=0.005)
+    # Every GPU has as many at -0.1 as at 0.1: they are not alike, and all of 10 · 4 + 4 · 4 rows count. Student's t of
+    # 56 (1.673) over the normal deviate of 90 % (1.282) and sqrt(57 / 56)
+    assert made.high - made.low == pytest.approx(2 * 0.1317, rel=0.005)
 
 
 def test_steps_that_wait_for_the_host_are_a_line_of_their_own(script):
