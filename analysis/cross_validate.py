@@ -361,8 +361,8 @@ new sources in the fit, which is what ptsim ships, it is {_overall(later)}.
 They were looked at once each time. They are one network on two generations of GPUs; other networks may be worse, as
 pycls's rows are. So may other programs: SuperBench's 36 steps of 8 A100, which were not taken because each copies its
 images from pageable memory, were looked at afterwards. Less a copy at 6 GB/s, ResNets take 8 to 11 % longer than
-predicted in TF32, and 30 to 46 % where the whole model is cast to half precision; DenseNets of 32 images, which wait for
-their host, 24 to 33 % longer; VGGs 7 to 25 % less. Of the 36, 26 are inside their intervals.
+predicted in TF32, and 30 to 46 % where the whole model is cast to half precision; DenseNets of 32 images, which wait
+for their host, 24 to 33 % longer; VGGs 7 to 25 % less. Of the 36, 25 are inside their intervals.
 
 ### Versions
 
