@@ -4,8 +4,8 @@
 
 Rows are published trainings with several GPUs whose test also has the same with one. The step's computation is scaled
 to that one GPU's time, so that only what the other GPUs add is fitted: a share of the step, seconds per gradient
-tensor, and how much computation and communication hold each other up over PCIe. Every pair of source and GPU weighs the
-same. The interval is of the residuals of sources and GPUs left out.
+tensor, and how much computation and communication hold each other up over PCIe and over RDMA networks. Every pair of
+source and GPU weighs the same. The interval is of the residuals of sources and GPUs left out.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ OTHER_CONTENTION = 0.2
 # RaySGD's ResNet-50 on p3.16xlarge: in fp32, 16 to 64 GPUs take 5 to 14 ms longer than 8, while
 # some 190 ms of communication over TCP run beside the computation. In half precision the same communication shows.
 TCP_CONTENTION = 0.05
-TENSOR_S, PCIE_CONTENTION, SLOWDOWN = 50e-6, 0.5, 0.02  # where the fit starts
+# RDMA: from the GPU to the network's adapter over PCIe. All rows of several nodes are of InfiniBand.
+NETWORKS = (LinkKind.INFINIBAND, LinkKind.EFA)
+TENSOR_S, PCIE_CONTENTION, SLOWDOWN, NETWORK_CONTENTION = 50e-6, 0.5, 0.02, 0.2  # where the fit starts
 
 
 def cluster_of(row: pd.Series) -> Cluster:
@@ -167,7 +169,7 @@ def fit(known: Sequence[Case]) -> Scaling:
         errors = [np.log(case.seconds / case.predict(scaling, as_alone=True)) for case in known]
         return weights * np.array(errors) / ROW_SD
 
-    start, most = np.array([TENSOR_S * 1e6, PCIE_CONTENTION, SLOWDOWN]), [500, 1, 1]
+    start, most = np.array([TENSOR_S * 1e6, PCIE_CONTENTION, SLOWDOWN, NETWORK_CONTENTION]), [500, 1, 1, 1]
     best = least_squares(residuals, start, bounds=(0, most), loss="soft_l1", diff_step=1e-2, xtol=1e-3)
     return _scaling(best.x)
 
@@ -242,6 +244,7 @@ def main() -> None:
 def _scaling(x: np.ndarray) -> Scaling:
     contention = {
         str(LinkKind.PCIE): float(x[1]),
+        **dict.fromkeys(map(str, NETWORKS), float(x[3])),
         str(LinkKind.TCP): TCP_CONTENTION,
         "other": OTHER_CONTENTION,
     }

@@ -5,7 +5,8 @@ Three things, all fitted on published trainings with one GPU and with many in th
 * A GPU among others computes a little more slowly than alone, however many they are.
 * Every gradient tensor has a hook that copies it into its bucket, and its buffers are broadcast: work per tensor, for
   which the GPU waits or which it does itself. It does not depend on how many GPUs there are.
-* Over PCIe an all-reduce and the computation beside it hold each other up so much that nothing is gained by overlap.
+* Over PCIe, and between nodes over RDMA, an all-reduce and the computation beside it hold each other up so much that
+  nothing is gained by overlap.
 
 That the slowest of n GPUs decides (their speeds would differ at random) was tried beside the last two and found to
 explain nothing: the fit gives it a spread of 0.05 % per GPU.
