@@ -23,7 +23,8 @@ import cross_validate
 import numpy as np
 import pandas as pd
 import tomli_w
-from public_rows import Case, layer_cases, training_cases
+from fit_efficiency import evidence
+from public_rows import Case, layer_cases
 from residuals import chip_name
 
 from ptsim.costs.saving import CALIBRATED
@@ -273,7 +274,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--every", type=int, default=1, help="only each so many-th GPU, for tests")
     options = parser.parse_args()
-    table = pairs(left_out(training_cases(), options.every))
+    table = pairs(left_out(evidence(), options.every))
     rows = calibrated_pairs.interpolated(calibrated_pairs.odd_channels())
     layers = calibrated_pairs.layer_pairs(rows)
     networks = calibrated_pairs.networks(layers)

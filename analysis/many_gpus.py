@@ -72,9 +72,9 @@ def _line(way: str, group: str, case: ManyCase, scaling: Scaling) -> dict[str, o
 def interval(rows: pd.DataFrame) -> ManyGpus:
     """The 90 % prediction interval of one more GPU's steps on many, in units of the step's interval on one.
 
-    A row counts twice, as it is there once for each way.
+    A row is there once for each way of leaving it out, and counts once.
     """
-    low, high = ends(_scaled(rows), _groups(rows), alike=alike(rows))
+    low, high = ends(_scaled(rows), _groups(rows), alike=alike(rows), times=rows.way.nunique())
     return ManyGpus(low=low, high=high)
 
 
