@@ -124,12 +124,17 @@ def _network(run: MlperfRun, path: str | Path) -> str:
 
 def _other_gpus(run: MlperfRun, cluster: Cluster) -> str | None:
     """What must be known where the log's platform names a GPU ("8xH100") that the cluster does not have."""
-    models = {model for name in device_names() if re.search(r"\d", model := name.partition("-")[0])}
+    models = {model for name in device_names() if (model := _model_of(name))}
     named = {model for model in models if re.search(rf"(?:^|[\W_]|\dx?){model}(?![^\W_])", run.platform or "")}
     device = cluster.device
-    if device is None or not named or device.name.partition("-")[0] in named:
+    if device is None or not named or _model_of(device.name) in named:
         return None
     return f"the log's platform, {run.platform}, names {' and '.join(sorted(named))}; {cluster.name} has {device.name}"
+
+
+def _model_of(device_name: str) -> str | None:
+    """The part of a catalog name that names the model alone: h100, a5000 of rtx-a5000; None of rtx-3090."""
+    return next((part for part in device_name.split("-") if re.match(r"[a-z]+\d", part)), None)
 
 
 def _num_gpus(run: MlperfRun, path: str | Path, cluster: Cluster, named: int | None) -> int:

@@ -201,7 +201,7 @@ def _print_tables(projections: list[RunProjection]) -> None:
         waits = any(p.input_wait_s for p in rows)
         columns = ("compute", "exposed", *(["input wait"] if waits else []), "start, reconfig.", "speed-up")
         time = _table("GPUs", "time", "90 % interval", *columns)
-        resources = _table("GPUs", "GPU-hours", "energy", "USD", "all-reduced", "memory", "tier", "network")
+        resources = _table("GPUs", "GPU-hours", "MFU", "energy", "USD", "all-reduced", "memory", "tier", "network")
         for p in rows:
             time.add_row(
                 f"{p.gpus:,}",
@@ -216,6 +216,7 @@ def _print_tables(projections: list[RunProjection]) -> None:
             resources.add_row(
                 f"{p.gpus:,}",
                 shown_number(None, p.gpu_hours),
+                "–" if p.mfu_fraction is None else f"{p.mfu_fraction:.1%}",
                 "–" if p.energy_j is None else format_joules(p.energy_j),
                 "–" if p.cost_usd is None else shown_number("usd", p.cost_usd),
                 format_bytes(p.allreduce_bytes_per_gpu),

@@ -89,8 +89,10 @@ class Feed:
         }[found.limit]
         said = f"{name} gives each GPU up to {found.images_per_s:,.0f} images/s ({what})"
         per_node = cluster.gpus_per_node
+        fewer = self.scenario.num_gpus * self.options.jobs < per_node  # more may each take a little less than these
         verdict = (
-            f"the pipeline is the limit from {number} of {per_node} GPUs per node on"
+            f"{'if every GPU takes as many, ' if fewer else ''}the pipeline is the limit from {number} of {per_node} "
+            "GPUs per node on"
             if number
             else f"the pipeline is no limit, even with all {per_node} GPUs of a node"
         )

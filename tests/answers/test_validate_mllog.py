@@ -153,7 +153,8 @@ def test_files_without_such_lines_and_broken_ones_are_refused(
 @pytest.mark.parametrize(
     ("platform", "named"),
     [("1xNVIDIA DGX A100", None), ("XE8545x4A100-SXM-80GB", None), ("8xH100", "h100"), ("ND96amsr_H100_v5", "h100"),
-     ("2xDSS8440x8A30", "a30"), ("1xA100 and H100", None), ("1xESC-A1001", None)],
+     ("2xDSS8440x8A30", "a30"), ("1xA100 and H100", None), ("1xESC-A1001", None), ("1x7920T_2xA5000", "a5000"),
+     ("1xRTX A6000", "a6000"), ("8xSXM4", None)],
 )  # fmt: skip
 def test_a_platform_that_names_other_gpus_than_the_clusters_is_noted(
     tmp_path: Path, network: Network, platform: str, named: str | None

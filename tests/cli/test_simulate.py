@@ -46,6 +46,16 @@ def test_people_get_tables_and_the_notes(trace: str, capsys: pytest.CaptureFixtu
     assert "do not fill nodes" in out
 
 
+def test_people_are_told_the_utilisation_that_json_has(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["simulate", trace, "--cluster", "dgx-a100", "--gpus", "1,8"]
+    assert run([*command, "--json"]) == 0
+    fractions = [row["mfu_fraction"] for row in json.loads(capsys.readouterr().out)]
+    assert run(command) == 0
+    table = capsys.readouterr().out.split("GPU-hours")[1]
+    assert table.lstrip().startswith("MFU")
+    assert re.findall(r"(\S+%)", table.split("note:")[0]) == [f"{fraction:.1%}" for fraction in fractions]
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -26,10 +26,10 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     return read_trace(shrinking_trace(tmp_path_factory.mktemp("run")))
 
 
-def feed(trace: Trace, cores: int = 40, **options: Any) -> Feed:
-    """Of 8 GPUs that share a node's cores."""
+def feed(trace: Trace, cores: int = 40, num_gpus: int = 8, **options: Any) -> Feed:
+    """Of GPUs that share a node's cores; a node has 8."""
     where = msgspec.structs.replace(cluster(), cores_per_node=cores)
-    return Feed(Scenario(trace, where, 8, change(Options(), options)))
+    return Feed(Scenario(trace, where, num_gpus, change(Options(), options)))
 
 
 @pytest.mark.parametrize(
@@ -134,3 +134,14 @@ def test_the_jobs_beside_this_one_take_their_part_of_the_nodes_cores(
     options = {"input": "torchvision", "jobs": jobs, "network": network, "placement": placement}
     fed = Feed(Scenario(trace, where, gpus, change(Options(), options)))
     assert fed.images_per_s == pytest.approx(40 / sharing / (1024 / 113.5e6 + 1024 / 8.68e6))
+
+
+@pytest.mark.parametrize(("num_gpus", "jobs", "supposed"), [(1, 1, True), (7, 1, True), (4, 2, False), (8, 1, False)])
+def test_what_a_fuller_node_needs_is_said_to_be_supposed(
+    trace: Trace, num_gpus: int, jobs: int, supposed: bool
+) -> None:
+    """A GPU among others computes more slowly than alone, so more of them may each take fewer images."""
+    storage = {"input": "dali", "input_storage_bytes_per_s": 0.57 * 1024 * 1000, "jobs": jobs}  # 500 for each of two
+    note = feed(trace, 1000, num_gpus, **storage).notes([400.0])[0]
+    verdict = "the pipeline is the limit from 3 of 8 GPUs per node on"
+    assert note.endswith(f": if every GPU takes as many, {verdict}" if supposed else f"400: {verdict}")
