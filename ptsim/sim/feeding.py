@@ -56,11 +56,12 @@ class Feed:
             return batch / self.images_per_s
         return batch / self._supply(SPREAD if bound == "low" else 1 / SPREAD).images_per_s
 
-    def limiting_gpus(self, needed: Iterable[float]) -> int | None:
+    def limiting_gpus(self, needed: Iterable[float], among: Iterable[float] | None = None) -> int | None:
         """From how many GPUs of a node on the pipeline is the limit of the epoch that needs most.
 
         Args:
             needed: images per second and GPU, of every epoch, that the GPUs could train on.
+            among: the same of a GPU among others, if `needed` is of one that is alone.
 
         Returns:
             None where no number of GPUs of one node is, or where no pipeline was named.
@@ -71,17 +72,18 @@ class Feed:
             find_pipeline(self.options.input),
             self.cluster,
             max(needed),
+            among=None if among is None else max(among),
             output_pixels=self._output_pixels,
             stored_pixels=self._stored_pixels,
         )
 
-    def notes(self, needed: Iterable[float]) -> list[str]:
-        """What is to be known of the pipeline; `needed` as in `limiting_gpus`."""
+    def notes(self, needed: Iterable[float], among: Iterable[float] | None = None) -> list[str]:
+        """What is to be known of the pipeline; the numbers are those of `limiting_gpus`."""
         found, cluster, name = self.supply, self.cluster, self.options.input
         if found is None:
             return []
         needed = tuple(needed)
-        number = self.limiting_gpus(needed)
+        number = self.limiting_gpus(needed, among)
         what = {
             "cores": f"the {cluster.cores_per_node} cores of a node",
             "GPU": "what one GPU decodes or one loader process hands over",

@@ -127,6 +127,17 @@ class Pricer:
             return None
         return math.fsum(known[kind] for kind in self._kinds()) / scenario.num_gpus
 
+    def among_others_s(self, stage: Stage) -> float:
+        """By how many seconds a GPU that is alone would compute longer in a step among others; 0 if it is among them.
+
+        Waiting for what they send is not in it.
+        """
+        cluster, step = self.scenario.cluster, self.price(stage).step
+        if self.scenario.num_gpus > 1 or step.data_parallel:
+            return 0.0
+        hooks_s = hook_seconds(cluster, 2) * len(stage.network.gradients)
+        return slowdown(cluster, 2) * self.price(stage).result.compute_s + hooks_s
+
     def record(self, stage: Stage, num_steps: int, shown: int) -> RecordedSteps:
         """What the streams of the first `shown` GPUs do in `num_steps` steps of the stage."""
         scenario = self.scenario

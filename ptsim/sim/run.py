@@ -119,9 +119,9 @@ def _with_draws(projection: RunProjection, others: Sequence[RunProjection]) -> R
     )
 
 
-def _input_images_per_s(epoch: EpochProjection) -> float:
-    """What one GPU would need from its host never to wait."""
-    return epoch.batch_per_gpu / (epoch.compute_s + epoch.straggler_wait_s + epoch.exposed_communication_s)
+def _input_images_per_s(epoch: EpochProjection, longer_s: float = 0.0) -> float:
+    """What one GPU would need from its host never to wait, in a step that takes `longer_s` longer."""
+    return epoch.batch_per_gpu / (epoch.compute_s + epoch.straggler_wait_s + epoch.exposed_communication_s + longer_s)
 
 
 def _epoch_with_draws(epoch: EpochProjection, drawn: Sequence[EpochProjection]) -> EpochProjection:
@@ -164,6 +164,10 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
     total_s, low_s, high_s = whole.expected_s, whole.low_s, whole.high_s
     price = hour_price(cluster, options)
     needed = [_input_images_per_s(epoch) for epoch in epochs]
+    among = [
+        _input_images_per_s(epoch, pricer.among_others_s(stage))
+        for epoch, stage in zip(epochs, plan.stages, strict=True)
+    ]
     energy_j = pricer.power.run_j(epochs, fixed_s, faults_s)
     energy_low_j, energy_high_j = pricer.power.run_range_j(energy_j, low_s / total_s, high_s / total_s, low_s)
     return RunProjection(
@@ -197,13 +201,13 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
         network_tier=pricer.links.tier,
         mfu_fraction=_utilization(pricer, plan.stages, epochs),
         input_images_per_s=pricer.feed.images_per_s,
-        input_limit_gpus=pricer.feed.limiting_gpus(needed),
+        input_limit_gpus=pricer.feed.limiting_gpus(needed, among),
         draw_spread=0.0,
         complete=trace.complete,
         notes=(
             *plan.notes,
             *pricer.notes,
-            *pricer.feed.notes(needed),
+            *pricer.feed.notes(needed, among),
             *_doubts(scenario, epochs),
             *_instances(price, num_gpus),
             *_other_gpus(price, scenario),

@@ -566,6 +566,14 @@ class TestManyGpus:
         assert fed.total_s == pytest.approx(free.total_s, rel=1e-12)
         assert run(trace, 8).input_limit_gpus is None
 
+    def test_one_gpu_and_several_name_the_same_number(self, trace: Trace) -> None:
+        """The cores suffice for six and a half GPUs: of those that train together, and are slower than one alone."""
+        alone, together = (max(e.batch_per_gpu / e.step_s for e in run(trace, gpus).epochs) for gpus in (1, 2))
+        assert 6.5 * together < 6 * alone
+        image_s = 48 / (6.5 * together)  # of one of 48 cores
+        options = {"input": "torchvision", "input_stored_pixels": round(113.5e6 * (image_s - 1024 / 8.68e6))}
+        assert [run(trace, gpus, _with_cores(48), **options).input_limit_gpus for gpus in (1, 2, 8)] == [7, 7, 7]
+
     def test_storage_may_be_the_limit(self, trace: Trace) -> None:
         # 0.570 bytes of 1,024 pixels an image; 8 GPUs share 584 kB/s: 1,000 images/s, 125 each
         p = run(trace, 8, _with_cores(1000), input="dali", input_storage_bytes_per_s=0.57 * 1024 * 1000)
