@@ -36,7 +36,6 @@ from ptsim.sim.step import simulate_steps
 from ptsim.sim.work import Jitter, StepPlan, StepResult, TrainingJob
 from ptsim.trace.pace import changes
 from ptsim.trace.schema import Reconfiguration
-from ptsim.units import GIB
 
 
 class StepPrice(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,12 +169,6 @@ class Pricer:
         expected = bounded.expected
         step_range = bounded.interval().among(scenario.cluster, scenario.num_gpus, step.tier)
         need = self._memory(stage)
-        most = scenario.memory_bytes
-        if need.device_bytes > most:
-            self.notes.append(
-                f"epoch {stage.epoch.epoch}: a mini-batch of {stage.batch} needs {need.device_bytes / GIB:.1f} GiB, "
-                f"a process on the {scenario.device.name} can have {most / GIB:.1f} GiB: it would not fit"
-            )
         n = self._num_passes(stage)
         forward_s, backward_s, product_s = scenario.cache.get(
             ("passes", *self._key(stage)), lambda: (step.forward_s, step.backward_s, step.product_s)

@@ -34,7 +34,7 @@ from ptsim.sim.projection import EpochProjection, RunProjection, projections_fra
 from ptsim.sim.scenario import Scenario, StepCache
 from ptsim.trace.io import read_trace
 from ptsim.trace.trace import Trace
-from ptsim.units import counted
+from ptsim.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -207,6 +207,7 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
         notes=(
             *plan.notes,
             *pricer.notes,
+            *_too_large(scenario, epochs),
             *pricer.feed.notes(needed, among),
             *_doubts(scenario, epochs),
             *_instances(price, num_gpus),
@@ -328,6 +329,24 @@ def simulate(
         profile = read_device_profile(profile)
     cache, sizes = StepCache(), whole_numbers("gpus", gpus)
     return projections_frame([project(trace, cluster, n, options, device_profile=profile, cache=cache) for n in sizes])
+
+
+def _too_large(scenario: Scenario, epochs: Sequence[EpochProjection]) -> tuple[str, ...]:
+    """Which epochs need more memory than a GPU has."""
+    most = scenario.memory_bytes
+    large = [epoch for epoch in epochs if epoch.needed_memory_bytes > most]
+    if not large:
+        return ()
+    worst, first, last = max(large, key=lambda epoch: epoch.needed_memory_bytes), large[0].epoch, large[-1].epoch
+    which = f"epoch {first}" if first == last else f"epochs {first} to {last}"
+    if len(large) <= last - first:
+        which = f"{len(large)} of the {which}"
+    up_to = "up to " if len({epoch.needed_memory_bytes for epoch in large}) > 1 else ""
+    need, may = format_bytes(worst.needed_memory_bytes), format_bytes(most)
+    return (
+        f"{which}: a mini-batch of {worst.batch_per_gpu} needs {up_to}{need} (an upper estimate), a process on the "
+        f"{scenario.device.name} can have {may}: it would not fit",
+    )
 
 
 def _doubts(scenario: Scenario, epochs: Sequence[EpochProjection]) -> tuple[str, ...]:
