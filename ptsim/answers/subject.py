@@ -143,7 +143,7 @@ def is_run(subject: Any) -> bool:
     """Whether `subject` is a trace or names one, which need not be there."""
     if isinstance(subject, Trace):
         return True
-    if not isinstance(subject, str | Path) or ".py:" in str(subject):
+    if not isinstance(subject, str | Path) or ".py:" in str(subject) or str(subject).endswith(".py"):
         return False
     path = Path(subject)
     there = isinstance(subject, Path) or path.is_file() or (path / "trace.jsonl").is_file()

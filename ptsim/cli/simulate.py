@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +32,12 @@ from ptsim.units import MIB, format_bytes, format_joules, format_seconds, interv
 
 _NAMED = ("mixed_devices", "link_bandwidth", "link_latency_s")  # options whose parts are names of devices or links
 _AS_RECORDED = Options()
+
+# Parts of the time that are shown where they are more than nothing. All must fit beside each other into 120 columns.
+_WAITS: dict[str, Callable[[RunProjection], float]] = {
+    "input wait": lambda p: p.input_wait_s,
+    "slow, failed": lambda p: p.straggler_wait_s + p.faults_s,
+}
 
 
 def _default(name: str, unit: int | None = None) -> Parameter:
@@ -198,9 +205,8 @@ def _print_tables(projections: list[RunProjection]) -> None:
         name = f"{planned_mark(first.origin)}{first.model}"
         console.print(f"{name}, {len(first.epochs)} epochs: {trace}", highlight=False)
         console.print(f"on {first.cluster} ({first.device}), {first.scaling} scaling{priced}", highlight=False)
-        waits = any(p.input_wait_s for p in rows)
-        columns = ("compute", "exposed", *(["input wait"] if waits else []), "start, reconfig.", "speed-up")
-        time = _table("GPUs", "time", "90 % interval", *columns)
+        waits = {heading: part for heading, part in _WAITS.items() if any(map(part, rows))}
+        time = _table("GPUs", "time", "90 % interval", "compute", "exposed", *waits, "start, reconfig.", "speed-up")
         resources = _table("GPUs", "GPU-hours", "MFU", "energy", "USD", "all-reduced", "memory", "tier", "network")
         for p in rows:
             time.add_row(
@@ -209,7 +215,7 @@ def _print_tables(projections: list[RunProjection]) -> None:
                 interval(format_seconds(p.low_s), format_seconds(p.high_s)),
                 format_seconds(p.compute_s),
                 format_seconds(p.exposed_communication_s),
-                *([format_seconds(p.input_wait_s)] if waits else []),
+                *(format_seconds(part(p)) for part in waits.values()),
                 format_seconds(p.reconfiguration_s + p.startup_s),
                 f"{first.total_s / p.total_s:.2f}×",
             )

@@ -126,17 +126,32 @@ def supply(
 
 
 def limiting_gpus(
-    pipeline: Pipeline, cluster: Cluster, needed: float, *, output_pixels: int, stored_pixels: int = STORED_PIXELS
+    pipeline: Pipeline,
+    cluster: Cluster,
+    needed: float,
+    *,
+    among: float | None = None,
+    output_pixels: int,
+    stored_pixels: int = STORED_PIXELS,
 ) -> int | None:
-    """From how many GPUs of one node on the pipeline delivers less than the `needed` images per second and GPU.
+    """From how many GPUs of one node on the pipeline delivers less than the GPUs could train on.
 
-    None: not even with all GPUs of a node.
+    Args:
+        pipeline: the library.
+        cluster: its nodes' cores and storage.
+        needed: images per second that a GPU could train on.
+        among: the same of one of several GPUs, if `needed` is of one that is alone.
+        output_pixels: as in `supply`.
+        stored_pixels: as in `supply`.
+
+    Returns:
+        None: not even with all GPUs of a node.
 
     Raises:
         UsageError: what `supply` raises.
     """
     for number in range(1, cluster.gpus_per_node + 1):
         found = supply(pipeline, cluster, number, output_pixels=output_pixels, stored_pixels=stored_pixels)
-        if found.images_per_s < needed:
+        if found.images_per_s < (needed if among is None or number == 1 else among):
             return number
     return None

@@ -217,7 +217,8 @@ def _saving_tiles(best: pd.Series, origin: str) -> Iterator[Tile]:
     changing = best.saved_reconfiguration_seconds
     surgery = ""
     if abs(changing) > 0.1 * abs(best.saved_seconds):
-        surgery = f"; starting and reconfiguring {'cost' if changing < 0 else 'save'} {format_seconds(abs(changing))}"
+        more = "longer" if changing < 0 else "less"
+        surgery = f"; starting and reconfiguring take {format_seconds(abs(changing))} {more}"
     yield _saving_tile(best, "Time", "seconds", origin, after=surgery)
     if pd.notna(best.get("saved_usd")):
         yield _saving_tile(best, "Money", "usd", origin, where=f" at {best.price}")

@@ -20,6 +20,7 @@ from ptsim.trace.trace import Trace
 from ptsim.units import percent
 
 _LEAST_GAP, _LEAST_SHARE, _FLOOR = 0.03, 0.15, 0.3
+_LEAST_PART = 1e-9  # of the time; less than that is rounding
 _LEAST_ROUNDED = 0.05  # of a part: what whole multiples of channels save at least to be worth a sentence
 
 
@@ -42,7 +43,7 @@ def excess_frame(comparison: Comparison, projector: Projector, gpus: int) -> pd.
     run's; `excess_seconds` is what a part takes above that. `rounded_seconds` is what it takes with the channels of
     `rounding_projector`, missing where there is none. `floor_fraction` is the share of a part that a mini-batch of one
     image would take as well (launches and least times of kernels, which no pruning shortens), missing but for the
-    layers; `step_floor_fraction` is that of whole steps.
+    layers; `step_floor_fraction` is that of whole steps. Parts that take nothing in either run are left out.
     """
     trace = comparison.pruned
     dense, pruned = (_parts(run, projector, gpus) for run in (comparison.baseline, trace))
@@ -50,7 +51,7 @@ def excess_frame(comparison: Comparison, projector: Projector, gpus: int) -> pd.
     flops = [sum(cost.training_macs for cost in run_cost(t)) for t in (trace, comparison.baseline)]
     fraction = flops[0] / flops[1]
     floors = _floors(trace, projector)
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "part": pruned.index,
             "dense_seconds": dense.reindex(pruned.index).to_numpy(),
@@ -64,6 +65,8 @@ def excess_frame(comparison: Comparison, projector: Projector, gpus: int) -> pd.
             "step_floor_fraction": floors.step,
         }
     )
+    most = frame[["dense_seconds", "pruned_seconds", "rounded_seconds"]].max(axis=1)
+    return frame[most > _LEAST_PART * pruned.sum()].reset_index(drop=True)
 
 
 def _parts(trace: Trace, projector: Projector, gpus: int) -> pd.Series:

@@ -208,6 +208,9 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     **saved_columns(dense, pruned, projector),
                     "saved_compute_seconds": dense.compute_s - pruned.compute_s,
                     "saved_communication_seconds": dense.exposed_communication_s - pruned.exposed_communication_s,
+                    "saved_input_wait_seconds": None
+                    if dense.input_images_per_s is None
+                    else dense.input_wait_s - pruned.input_wait_s,
                     "saved_reconfiguration_seconds": dense.reconfiguration_s
                     + dense.startup_s
                     - pruned.reconfiguration_s

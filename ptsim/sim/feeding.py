@@ -11,7 +11,9 @@ import msgspec
 from ptsim.costs.input import SPREAD, STORED_PIXELS, Supply, find_pipeline, limiting_gpus, supply
 from ptsim.sim.ddp import Bound
 from ptsim.sim.scenario import Scenario
+from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
+from ptsim.units import shown_number
 
 _SMALL_PIXELS = 128 * 128  # images of data sets below it are stored as large as they are seen
 
@@ -39,8 +41,8 @@ class Feed:
         if self.supply is not None:
             return self.supply.images_per_s
         if isinstance(rate, str):  # "recorded"
-            pace_s = _recorded_pace_s(self.scenario.trace)
-            return 1 / pace_s if pace_s else None
+            fastest = _fastest_that_waited(self.scenario.trace)
+            return None if fastest is None else 1 / _pace_s(fastest)
         return rate
 
     def interval_s(self, batch: int, bound: Bound = "expected") -> float:
@@ -56,11 +58,12 @@ class Feed:
             return batch / self.images_per_s
         return batch / self._supply(SPREAD if bound == "low" else 1 / SPREAD).images_per_s
 
-    def limiting_gpus(self, needed: Iterable[float]) -> int | None:
+    def limiting_gpus(self, needed: Iterable[float], among: Iterable[float] | None = None) -> int | None:
         """From how many GPUs of a node on the pipeline is the limit of the epoch that needs most.
 
         Args:
             needed: images per second and GPU, of every epoch, that the GPUs could train on.
+            among: the same of a GPU among others, if `needed` is of one that is alone.
 
         Returns:
             None where no number of GPUs of one node is, or where no pipeline was named.
@@ -71,17 +74,18 @@ class Feed:
             find_pipeline(self.options.input),
             self.cluster,
             max(needed),
+            among=None if among is None else max(among),
             output_pixels=self._output_pixels,
             stored_pixels=self._stored_pixels,
         )
 
-    def notes(self, needed: Iterable[float]) -> list[str]:
-        """What is to be known of the pipeline; `needed` as in `limiting_gpus`."""
+    def notes(self, needed: Iterable[float], among: Iterable[float] | None = None) -> list[str]:
+        """What is to be known of the pipeline; the numbers are those of `limiting_gpus`."""
         found, cluster, name = self.supply, self.cluster, self.options.input
         if found is None:
-            return []
+            return self._recorded_notes()
         needed = tuple(needed)
-        number = self.limiting_gpus(needed)
+        number = self.limiting_gpus(needed, among)
         what = {
             "cores": f"the {cluster.cores_per_node} cores of a node",
             "GPU": "what one GPU decodes or one loader process hands over",
@@ -100,6 +104,19 @@ class Feed:
         if self._output_pixels < _SMALL_PIXELS:
             notes.append(f"the published rates of {name} are of larger images: they are scaled by the number of pixels")
         return notes
+
+    def _recorded_notes(self) -> list[str]:
+        """Which rate was taken from the recorded run, and how much that says of its loader."""
+        if self.options.input_images_per_s != "recorded":
+            return []
+        fastest = _fastest_that_waited(self.scenario.trace)
+        if fastest is None:
+            return ["the recorded run did not wait for data: input keeps up"]
+        rate, share = shown_number(None, 1 / _pace_s(fastest)), fastest.time.data_wait_s / fastest.time.wall_s
+        return [
+            f"each GPU is given {rate} images/s, the pace of the recorded run, which "
+            f"waited for data {share:.0%} of the time: a loader that was not busy the rest of the time can give more"
+        ]
 
     @property
     def _output_pixels(self) -> int:
@@ -123,14 +140,19 @@ class Feed:
         )
 
 
-def _recorded_pace_s(trace: Trace) -> float:
-    """Seconds per image of the recorded loader, where it ever made the run wait; else 0: it was no limit.
+def _fastest_that_waited(trace: Trace) -> Epoch | None:
+    """The fastest recorded epoch in which the loader ever made the run wait; None: it was no limit.
 
-    It was busy all the time then, and can do what it did in the fastest such epoch.
+    It was busy all the time then, and can do what it did in that epoch.
     """
-    paces = [
-        epoch.time.wall_s * epoch.world_size / epoch.num_images
+    waited = [
+        epoch
         for epoch in trace.epochs
         if epoch.measured_time is not None and epoch.time.data_wait_s >= 0.01 * epoch.time.wall_s and epoch.num_images
     ]
-    return min(paces, default=0.0)
+    return min(waited, key=_pace_s, default=None)
+
+
+def _pace_s(epoch: Epoch) -> float:
+    """Seconds per image of one rank."""
+    return epoch.time.wall_s * epoch.world_size / epoch.num_images

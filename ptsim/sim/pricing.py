@@ -36,7 +36,6 @@ from ptsim.sim.step import simulate_steps
 from ptsim.sim.work import Jitter, StepPlan, StepResult, TrainingJob
 from ptsim.trace.pace import changes
 from ptsim.trace.schema import Reconfiguration
-from ptsim.units import GIB
 
 
 class StepPrice(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,6 +126,17 @@ class Pricer:
             return None
         return math.fsum(known[kind] for kind in self._kinds()) / scenario.num_gpus
 
+    def among_others_s(self, stage: Stage) -> float:
+        """By how many seconds a GPU that is alone would compute longer in a step among others; 0 if it is among them.
+
+        Waiting for what they send is not in it.
+        """
+        cluster, step = self.scenario.cluster, self.price(stage).step
+        if self.scenario.num_gpus > 1 or step.data_parallel:
+            return 0.0
+        hooks_s = hook_seconds(cluster, 2) * len(stage.network.gradients)
+        return slowdown(cluster, 2) * self.price(stage).result.compute_s + hooks_s
+
     def record(self, stage: Stage, num_steps: int, shown: int) -> RecordedSteps:
         """What the streams of the first `shown` GPUs do in `num_steps` steps of the stage."""
         scenario = self.scenario
@@ -159,12 +169,6 @@ class Pricer:
         expected = bounded.expected
         step_range = bounded.interval().among(scenario.cluster, scenario.num_gpus, step.tier)
         need = self._memory(stage)
-        most = scenario.memory_bytes
-        if need.device_bytes > most:
-            self.notes.append(
-                f"epoch {stage.epoch.epoch}: a mini-batch of {stage.batch} needs {need.device_bytes / GIB:.1f} GiB, "
-                f"a process on the {scenario.device.name} can have {most / GIB:.1f} GiB: it would not fit"
-            )
         n = self._num_passes(stage)
         forward_s, backward_s, product_s = scenario.cache.get(
             ("passes", *self._key(stage)), lambda: (step.forward_s, step.backward_s, step.product_s)

@@ -34,7 +34,7 @@ from ptsim.sim.projection import EpochProjection, RunProjection, projections_fra
 from ptsim.sim.scenario import Scenario, StepCache
 from ptsim.trace.io import read_trace
 from ptsim.trace.trace import Trace
-from ptsim.units import counted
+from ptsim.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -119,9 +119,9 @@ def _with_draws(projection: RunProjection, others: Sequence[RunProjection]) -> R
     )
 
 
-def _input_images_per_s(epoch: EpochProjection) -> float:
-    """What one GPU would need from its host never to wait."""
-    return epoch.batch_per_gpu / (epoch.compute_s + epoch.straggler_wait_s + epoch.exposed_communication_s)
+def _input_images_per_s(epoch: EpochProjection, longer_s: float = 0.0) -> float:
+    """What one GPU would need from its host never to wait, in a step that takes `longer_s` longer."""
+    return epoch.batch_per_gpu / (epoch.compute_s + epoch.straggler_wait_s + epoch.exposed_communication_s + longer_s)
 
 
 def _epoch_with_draws(epoch: EpochProjection, drawn: Sequence[EpochProjection]) -> EpochProjection:
@@ -164,6 +164,10 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
     total_s, low_s, high_s = whole.expected_s, whole.low_s, whole.high_s
     price = hour_price(cluster, options)
     needed = [_input_images_per_s(epoch) for epoch in epochs]
+    among = [
+        _input_images_per_s(epoch, pricer.among_others_s(stage))
+        for epoch, stage in zip(epochs, plan.stages, strict=True)
+    ]
     energy_j = pricer.power.run_j(epochs, fixed_s, faults_s)
     energy_low_j, energy_high_j = pricer.power.run_range_j(energy_j, low_s / total_s, high_s / total_s, low_s)
     return RunProjection(
@@ -197,13 +201,14 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
         network_tier=pricer.links.tier,
         mfu_fraction=_utilization(pricer, plan.stages, epochs),
         input_images_per_s=pricer.feed.images_per_s,
-        input_limit_gpus=pricer.feed.limiting_gpus(needed),
+        input_limit_gpus=pricer.feed.limiting_gpus(needed, among),
         draw_spread=0.0,
         complete=trace.complete,
         notes=(
             *plan.notes,
             *pricer.notes,
-            *pricer.feed.notes(needed),
+            *_too_large(scenario, epochs),
+            *pricer.feed.notes(needed, among),
             *_doubts(scenario, epochs),
             *_instances(price, num_gpus),
             *_other_gpus(price, scenario),
@@ -324,6 +329,24 @@ def simulate(
         profile = read_device_profile(profile)
     cache, sizes = StepCache(), whole_numbers("gpus", gpus)
     return projections_frame([project(trace, cluster, n, options, device_profile=profile, cache=cache) for n in sizes])
+
+
+def _too_large(scenario: Scenario, epochs: Sequence[EpochProjection]) -> tuple[str, ...]:
+    """Which epochs need more memory than a GPU has."""
+    most = scenario.memory_bytes
+    large = [epoch for epoch in epochs if epoch.needed_memory_bytes > most]
+    if not large:
+        return ()
+    worst, first, last = max(large, key=lambda epoch: epoch.needed_memory_bytes), large[0].epoch, large[-1].epoch
+    which = f"epoch {first}" if first == last else f"epochs {first} to {last}"
+    if len(large) <= last - first:
+        which = f"{len(large)} of the {which}"
+    up_to = "up to " if len({epoch.needed_memory_bytes for epoch in large}) > 1 else ""
+    need, may = format_bytes(worst.needed_memory_bytes), format_bytes(most)
+    return (
+        f"{which}: a mini-batch of {worst.batch_per_gpu} needs {up_to}{need} (an upper estimate), a process on the "
+        f"{scenario.device.name} can have {may}: it would not fit",
+    )
 
 
 def _doubts(scenario: Scenario, epochs: Sequence[EpochProjection]) -> tuple[str, ...]:

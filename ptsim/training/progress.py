@@ -120,9 +120,9 @@ class Bars:
 
     def reconfigured(self, record: Reconfiguration) -> None:
         """Say what went."""
-        layers = f", {len(record.layers_removed)} layers" if record.layers_removed else ""
+        layers = f", {counted(len(record.layers_removed), 'layer')}" if record.layers_removed else ""
         batch = f", mini-batch {record.batch_after} per rank" if record.batch_after != record.batch_before else ""
-        text = f"pruned {record.channels_removed} channels{layers} in {record.duration_s:.2f} s{batch}"
+        text = f"pruned {counted(record.channels_removed, 'channel')}{layers} in {record.duration_s:.2f} s{batch}"
         self._console.print(f"after epoch {record.epoch}: {text}", soft_wrap=True)
         if record.notes and record.notes[0].startswith("the network has collapsed"):
             self._console.print(f"after epoch {record.epoch}: {record.notes[0]}", soft_wrap=True, markup=False)

@@ -164,3 +164,9 @@ def test_what_is_not_asked_for_is_as_the_last_epoch_was_or_as_usual(tmp_path: Pa
             subject.setting()
     usual = find_subject(residual_network()).setting(default_batch=32)
     assert (usual.batch, usual.num_gpus, usual.optimizer, usual.momentum) == (32, 1, "sgd", None)
+
+
+def test_a_models_file_without_its_function_is_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text('"""A network."""\n')
+    with pytest.raises(UsageError, match=r"a model's file without its function; expected .*net\.py:function"):
+        find_subject(str(tmp_path / "net.py"))

@@ -56,6 +56,19 @@ def test_people_are_told_the_utilisation_that_json_has(trace: str, capsys: pytes
     assert re.findall(r"(\S+%)", table.split("note:")[0]) == [f"{fraction:.1%}" for fraction in fractions]
 
 
+def test_what_a_run_waits_for_has_a_column_where_it_waits(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["simulate", trace, "--cluster", "dgx-a100", "--gpus", "1,8"]
+    for options, shown in (
+        ([], ()),
+        (["--jitter", "0.1"], ("slow, failed",)),
+        (["--mtbf-gpu-hours", "1e-3"], ("slow, failed",)),
+        (["--jitter", "0.1", "--mtbf-gpu-hours", "1", "--input-images-per-s", "9"], ("input wait", "slow, failed")),
+    ):
+        assert run([*command, *options]) == 0
+        (headings,) = (line for line in capsys.readouterr().out.splitlines() if "speed-up" in line)
+        assert [name for name in ("input wait", "slow, failed") if name in headings] == list(shown)
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -305,7 +305,7 @@ def test_the_tiles_by_hand() -> None:
     details = {
         "Time saved": (
             "2.00 h",
-            "8.00 h instead of 10.0 h; 90 % interval 1.00 h to 3.00 h; starting and reconfiguring cost 30.0 min",
+            "8.00 h instead of 10.0 h; 90 % interval 1.00 h to 3.00 h; starting and reconfiguring take 30.0 min longer",
         ),
         "Money saved": (
             "32.00 USD",

@@ -131,6 +131,24 @@ def test_what_exceeds_the_macs_by_hand(traces: list[Trace]) -> None:
     assert frame.rounded_seconds.isna().all()  # recorded in fp32
 
 
+def test_parts_that_take_nothing_are_left_out(traces: list[Trace]) -> None:
+    """Rounding leaves 2e-15 s of one part: nothing."""
+    step_s = 0.1 + 0.2 + 0.3
+    epoch = epoch_projection(
+        forward_s=0.1, backward_s=0.2, product_s=0.2, hooks_s=0.0, optimizer_s=0.3, regularizer_s=0.0, overhead_s=0.0,
+        input_wait_s=0.0, exposed_communication_s=0.0, num_iterations=1, total_s=step_s * (1 + 4e-15),
+    )  # fmt: skip
+    same = run_projection(epochs=(epoch,))
+    (comparison,) = compare_runs(traces)
+    frame = causes.excess_frame(comparison, FixedProjector({False: same, True: same}), 1)
+    assert list(frame.part) == [
+        PRODUCTS,
+        "memory-bound layers",
+        "optimizer and regulariser",
+        "start and reconfiguration",
+    ]
+
+
 def test_a_single_image_in_steps_of_several_passes(traces: list[Trace]) -> None:
     """The same mini-batch at once, and in four passes; of whole steps, and of products and other layers."""
     trace, projector = first_epochs(traces[0], 2), Projector(load_cluster("dgx-a100"), Options())

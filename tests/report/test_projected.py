@@ -15,7 +15,7 @@ from ptsim.report.build import make_report, money_sentences
 from ptsim.report.facts import Facts
 from ptsim.report.figures.layers import block_of, has_removed_blocks
 from ptsim.report.projected import LabelledRun, Projector, labelled_runs
-from ptsim.report.specs import PROJECTIONS
+from ptsim.report.specs import PROJECTIONS, SAVINGS
 from ptsim.report.tables import make_table
 from ptsim.sim.options import HourPrice, Options
 from ptsim.trace.pairs import compare_runs, first_epochs
@@ -60,6 +60,17 @@ def test_waiting_for_input_is_a_column_where_a_pipeline_feeds_the_gpus(traces: l
             waits = [projector.run(run.trace, size).input_wait_s for run in runs for size in GPUS]
             assert list(frame.input_wait_seconds) == waits
             assert min(waits) > 0
+
+
+def test_parts_of_a_saving_add_up_where_a_pipeline_feeds_the_gpus(traces: list[ptsim.Trace]) -> None:
+    starving = msgspec.structs.replace(load_cluster("dgx-a100"), cores_per_node=1)
+    for pipeline, shown in (("none", False), ("torchvision", True)):
+        savings = projected.savings_frame(compare_runs(traces), Projector(starving, Options(input=pipeline)), GPUS)
+        table = make_table(SAVINGS, savings)
+        assert ("waiting for input" in [column.heading for column in table.columns]) == shown
+        columns = [f"saved_{part}_seconds" for part in ("compute", "communication", "input_wait", "reconfiguration")]
+        parts = savings[columns].fillna(0.0).sum(axis=1)
+        assert list(parts) == pytest.approx(list(savings.saved_seconds), rel=1e-9, abs=1e-9)
 
 
 def test_a_saving_is_dense_less_pruned(traces: list[ptsim.Trace], projector: Projector) -> None:

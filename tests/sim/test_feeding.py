@@ -115,6 +115,11 @@ def test_a_recorded_loader_is_as_fast_as_in_the_fastest_epoch_that_waited_for_it
     assert waited.interval_s(64, "high") == pytest.approx(1.28)
     kept_up = feed(msgspec.structs.replace(trace, epochs=epochs[2:]), input_images_per_s="recorded")
     assert (kept_up.images_per_s, kept_up.interval_s(64)) == (None, 0.0)
+    assert waited.notes([1.0]) == [
+        "each GPU is given 50 images/s, the pace of the recorded run, which waited for data 1% of the time: a loader "
+        "that was not busy the rest of the time can give more"
+    ]
+    assert kept_up.notes([1.0]) == ["the recorded run did not wait for data: input keeps up"]
 
 
 @pytest.mark.parametrize(

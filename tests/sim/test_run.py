@@ -30,7 +30,7 @@ from ptsim.sim.scenario import Scenario, recorded_jitter
 from ptsim.trace.io import read_trace
 from ptsim.trace.schema import Draw
 from ptsim.trace.trace import Trace
-from ptsim.units import MIB
+from ptsim.units import MIB, format_bytes
 from tests.sim.plans import cluster
 from tests.traces import dense_trace, shrinking_trace
 
@@ -566,6 +566,14 @@ class TestManyGpus:
         assert fed.total_s == pytest.approx(free.total_s, rel=1e-12)
         assert run(trace, 8).input_limit_gpus is None
 
+    def test_one_gpu_and_several_name_the_same_number(self, trace: Trace) -> None:
+        """The cores suffice for six and a half GPUs: of those that train together, and are slower than one alone."""
+        alone, together = (max(e.batch_per_gpu / e.step_s for e in run(trace, gpus).epochs) for gpus in (1, 2))
+        assert 6.5 * together < 6 * alone
+        image_s = 48 / (6.5 * together)  # of one of 48 cores
+        options = {"input": "torchvision", "input_stored_pixels": round(113.5e6 * (image_s - 1024 / 8.68e6))}
+        assert [run(trace, gpus, _with_cores(48), **options).input_limit_gpus for gpus in (1, 2, 8)] == [7, 7, 7]
+
     def test_storage_may_be_the_limit(self, trace: Trace) -> None:
         # 0.570 bytes of 1,024 pixels an image; 8 GPUs share 584 kB/s: 1,000 images/s, 125 each
         p = run(trace, 8, _with_cores(1000), input="dali", input_storage_bytes_per_s=0.57 * 1024 * 1000)
@@ -767,6 +775,33 @@ class TestMiniBatch:
     def test_one_that_does_not_fit_is_marked(self, trace: Trace) -> None:
         notes = run(trace, 1, memory_bytes=1 << 20).notes
         assert any("would not fit" in note for note in notes)
+
+    def test_one_note_tells_all_epochs_that_do_not_fit(self, trace: Trace) -> None:
+        """The networks of epochs 0, 2 and 4 need less and less; what may be had lies between two of them."""
+        needs = [epoch.needed_memory_bytes for epoch in run(trace, 1, minibatch="fixed").epochs]
+        assert needs[0] == needs[1] > needs[2] == needs[3] > needs[4] == needs[5]
+        for most, which, up_to in (
+            (needs[2], "epochs 0 to 1", ""),
+            (needs[4], "epochs 0 to 3", "up to "),
+            (needs[4] - 1, "epochs 0 to 5", "up to "),
+        ):
+            memory = math.ceil(most / VISIBLE_SHARE_HBM)
+            (note,) = (n for n in run(trace, 1, minibatch="fixed", memory_bytes=memory).notes if "fit" in n)
+            need = f"{up_to}{format_bytes(needs[0])} (an upper estimate)"
+            may = f"a process on the a100-sxm4-40gb can have {format_bytes(most)}"
+            assert note == f"{which}: a mini-batch of 64 needs {need}, {may}: it would not fit"
+        fits = run(trace, 1, minibatch="fixed", memory_bytes=math.ceil(needs[0] / VISIBLE_SHARE_HBM))
+        assert not any("fit" in note for note in fits.notes)
+
+    def test_epochs_among_others_that_do_not_fit_are_counted(self, trace: Trace) -> None:
+        small = tuple(
+            msgspec.structs.replace(epoch, batch_per_gpu=16) if epoch.epoch in (2, 3) else epoch
+            for epoch in trace.epochs
+        )
+        (told,) = (
+            n for n in run(msgspec.structs.replace(trace, epochs=small), 1, memory_bytes=930 << 20).notes if "fit" in n
+        )
+        assert told.startswith("4 of the epochs 0 to 5: a mini-batch of ")
 
     def test_what_fills_all_that_the_data_sheet_names_does_not_fit(self, trace: Trace) -> None:
         need = iteration_memory(trace.network_of(trace.epochs[0]), PENALISED, device=load_device("a100-sxm4-40gb"))

@@ -1,6 +1,6 @@
 import msgspec
 
-from ptsim.trace.schema import Dataset, Epoch
+from ptsim.trace.schema import Dataset, Epoch, Reconfiguration
 from ptsim.training.progress import Bars
 from tests.traces import shrinking_records
 
@@ -29,3 +29,13 @@ def test_an_epoch_in_which_every_update_was_left_out_has_no_time_to_show(capsys)
     _, first, second = capsys.readouterr().err.splitlines()
     assert first.endswith(f"sparse 0%  {epoch.time.wall_s:.2f} s")
     assert second.endswith("sparse 0%")
+
+
+def test_what_went_is_counted(capsys):
+    usual = next(record for record in shrinking_records() if isinstance(record, Reconfiguration))
+    with Bars() as bars:
+        bars.begin("run", 2, 0, DATA)
+        for channels, layers in ((0, ()), (1, ("a",)), (1234, ("a", "b"))):
+            bars.reconfigured(msgspec.structs.replace(usual, channels_removed=channels, layers_removed=layers))
+    pruned = [line.partition("pruned ")[2].partition(" in ")[0] for line in capsys.readouterr().err.splitlines()[1:]]
+    assert pruned == ["0 channels", "1 channel, 1 layer", "1,234 channels, 2 layers"]
