@@ -4,7 +4,7 @@
 
 Three ways: a network is left out on all GPUs (the GPU stays known by other networks where it has any); a chip is left
 out with all rows of all its boards, its single-layer rows too; both at once (the row's chip and its network). Every row
-is then predicted by a fit that has not seen it. Rows are PyTorch's. A fit without some rows keeps the derivatives of all.
+is then predicted by a fit that has not seen it. Rows are PyTorch's. A fit without some keeps the derivatives of all.
 
 The interval is a prediction interval for one more network, or one more GPU: residuals in units of the spread that
 `ptsim.costs.datasheet` gives a step, every network or GPU counted once, Student's t for as few as there are. Whether it
