@@ -233,9 +233,9 @@ def test_rows_of_many_gpus_are_asked_of_the_interval_of_other_gpus_and_of_the_ot
     assert inside[(rows.way == "source") & (rows.source == "x")].all()
     assert not inside[(rows.way == "source") & (rows.source == "y") & (rows.device == "t4")].any()
     made = many_gpus.interval(rows[(rows.source == "x") & (rows.device != "t4")])
-    # Every GPU has as many at -0.1 as at 0.1: they are not alike, and all of 10 · 4 + 4 · 4 rows count. Student's t of
-    # 56 (1.673) over the normal deviate of 90 % (1.282) and sqrt(57 / 56)
-    assert made.high - made.low == pytest.approx(2 * 0.1317, rel=0.005)
+    # Every GPU has as many at -0.1 as at 0.1: they are not alike, and all of 10 · 2 + 4 · 2 rows count, which are there
+    # for two ways. Student's t of 28 (1.703) over the normal deviate of 90 % (1.282) and sqrt(29 / 28)
+    assert made.high - made.low == pytest.approx(2 * 0.1353, rel=0.005)
 
 
 def test_steps_that_wait_for_the_host_are_a_line_of_their_own(script):
