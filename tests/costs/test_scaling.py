@@ -29,6 +29,8 @@ def test_overlap_gains_nothing_over_pcie_and_the_network_decides_between_nodes()
     assert contention_of(load_cluster("rtx-3090-x8"), 8) == 1.0
     assert contention_of(load_cluster("rtx-3090-x8"), 16) == load_scaling().contention["tcp"]
     assert contention_of(load_cluster("dgx-a100"), 8) == load_scaling().contention["other"]
+    assert contention_of(load_cluster("dgx-a100"), 16) == load_scaling().contention["infiniband"]
+    assert contention_of(load_cluster("aws-p4d-24xlarge"), 16) == load_scaling().contention["efa"]
 
 
 def test_the_interval_of_a_measured_step_gets_the_spread_of_many_gpus_by_squares(
