@@ -11,7 +11,7 @@ from ptsim.cli.options import Json
 from ptsim.cli.reading import parse_bytes
 from ptsim.costs.collectives import all_reduce, nodes_for
 from ptsim.hardware.catalog import load_cluster
-from ptsim.units import format_bandwidth, format_bytes, format_seconds, interval
+from ptsim.units import counted, format_bandwidth, format_bytes, format_seconds, interval
 
 
 def allreduce(
@@ -55,7 +55,8 @@ def allreduce(
     console = stdout_console()
     console.print(
         f"{format_seconds(result.seconds)} ({interval(format_seconds(result.low_s), format_seconds(result.high_s))}) "
-        f"for {format_bytes(size)} over {gpus} GPUs on {nodes_for(place, gpus)} node(s) of {place.name}"
+        f"for {format_bytes(size)} over {counted(gpus, 'GPU')} "
+        f"on {counted(nodes_for(place, gpus), 'node')} of {place.name}"
     )
     console.print(
         f"{result.algorithm}, tier {result.tier}; {format_bytes(result.wire_bytes_per_gpu)} sent per GPU, "

@@ -14,7 +14,7 @@ from ptsim.cli.reading import check_output
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import AllReduceTable, Cluster
 from ptsim.textfile import check_writable
-from ptsim.units import format_bandwidth, format_bytes, format_seconds
+from ptsim.units import counted, format_bandwidth, format_bytes, format_seconds
 
 _LEAST_BYTES, _MOST_BYTES = 2**10, 2**34
 _UP_TO, _ITERATIONS = 2**26, 20
@@ -103,7 +103,7 @@ def _show(cluster: Cluster) -> None:
     for found in cluster.tables:
         jitter = f"{found.relative_jitter:.1%}" if found.relative_jitter else "unknown"
         console.print(
-            f"{found.num_gpus} GPUs on {found.num_nodes} node(s): {len(found.size_bytes)} sizes, "
+            f"{counted(found.num_gpus, 'GPU')} on {counted(found.num_nodes, 'node')}: {len(found.size_bytes)} sizes, "
             f"{format_seconds(found.seconds[0])} for {format_bytes(found.size_bytes[0])} to "
             f"{format_seconds(found.seconds[-1])} for {format_bytes(found.size_bytes[-1])}, "
             f"jitter {jitter}; tier measured"

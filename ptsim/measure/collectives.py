@@ -56,7 +56,8 @@ def _table(runs: Sequence[NcclLog]) -> AllReduceTable:
     apart = max((max(times) / min(times) for times in taken.values()), default=1.0)
     if apart > _ONE_SETTING:
         warnings.warn(
-            f"runs of {runs[0].num_gpus} GPUs on {runs[0].num_nodes} node(s) differ by up to {apart:.1f} times: their "
+            f"runs of {counted(runs[0].num_gpus, 'GPU')} on {counted(runs[0].num_nodes, 'node')} differ by up to "
+            f"{apart:.1f} times: their "
             "mean is neither of them; were they run with the same settings?",
             stacklevel=2,
         )
@@ -178,7 +179,7 @@ def _left_by(known: AllReduceTable | None, layout: tuple[int, int]) -> dict[int,
         return {}
     if (known.num_gpus, known.num_nodes) != layout:
         raise UsageError(
-            f"the file to go on with is of {known.num_gpus} ranks on {known.num_nodes} node(s), "
+            f"the file to go on with is of {counted(known.num_gpus, 'rank')} on {counted(known.num_nodes, 'node')}, "
             f"these are {layout[0]} on {layout[1]}"
         )
     return {size: (time, known.relative_jitter) for size, time in zip(known.size_bytes, known.seconds, strict=True)}
