@@ -322,7 +322,7 @@ VALIDATION = TableSpec(
 SAVINGS_CHECKED = TableSpec(
     name="savings_checked",
     title="Savings on the recording machine.",
-    caption="Time per epoch that pruning saved, reconfigurations included, as a share of the dense time; negative where "
+    caption="Time per epoch that pruning saved, reconfigurations included, as a share of the dense time; negative if "
     "it cost time. An error is the predicted less the measured share.",
     headings={
         "pruned": "pruned",
