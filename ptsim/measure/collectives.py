@@ -56,8 +56,8 @@ def _table(runs: Sequence[NcclLog]) -> AllReduceTable:
     apart = max((max(times) / min(times) for times in taken.values()), default=1.0)
     if apart > _ONE_SETTING:
         warnings.warn(
-            f"runs of {runs[0].num_gpus} GPUs on as many nodes differ by up to {apart:.1f} times: their mean is neither of "
-            "them; were they run with the same settings?",
+            f"runs of {runs[0].num_gpus} GPUs on as many nodes differ by up to {apart:.1f} times: their mean is "
+            "neither of them; were they run with the same settings?",
             stacklevel=2,
         )
     jitter = max(statistics.median(run.relative_jitter for run in runs), statistics.median(between or [0.0]))
