@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 import tomli_w
-from fit_efficiency import MACHINE_SD, Problem, evidence, fit
+from fit_efficiency import MACHINE_SD, Problem, evidence
 from public_rows import Case, layer_cases
 from residuals import chip_name, ends
 
@@ -481,8 +481,7 @@ def main() -> None:
     ship(intervals(rows, many_gpus.interval(many)))
     for table in (summary(rows), many_gpus.summary(many), by_device(rows), by_network(rows)):
         print(table.to_string(index=False))
-    young_share = fit(training, layers).nuisance["young_software"]
-    write_whole(PAGE, page(rows, many, many_gpus.later(young_share)))
+    write_whole(PAGE, page(rows, many, many_gpus.later(training, layers)))
 
 
 def ship(made: Intervals) -> None:

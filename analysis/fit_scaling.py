@@ -19,13 +19,13 @@ import msgspec
 import numpy as np
 import pandas as pd
 import tomli_w
-from public_rows import is_young, many_table, networks, one_gpu_rows, update_of
+from public_rows import is_young, many_table, network_name, networks, one_gpu_rows, update_of
 from scipy.optimize import least_squares
 
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce, nodes_for
 from ptsim.costs.datasheet import Fit, chip_of, datasheet_step, load_fit
-from ptsim.costs.scaling import Scaling
+from ptsim.costs.scaling import Scaling, contention_of
 from ptsim.costs.times import StepTime
 from ptsim.hardware.catalog import load_cluster, load_device
 from ptsim.hardware.spec import Cluster, Link, LinkKind
@@ -97,8 +97,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         plan = ddp.plan_step(
             step, buckets, times, buffer_bytes=ddp.buffer_bytes(self.network), tensor_s=scaling.tensor_s
         )
-        kind = self.cluster.inter.kind if self.num_gpus > self.cluster.gpus_per_node and self.cluster.inter else None
-        contention = scaling.contention.get(kind or self.cluster.intra.kind, scaling.contention["other"])
+        contention = contention_of(self.cluster, self.num_gpus, scaling)
         return simulate_steps([TrainingJob(plan=plan.merged())], contention=contention)[0].step_s
 
 
@@ -112,7 +111,7 @@ def cases(fit: Fit | None = None, table: pd.DataFrame | None = None, *, young_sh
     """
     found, efficiency = [], (fit or load_fit()).efficiency
     for _, row in (many_table() if table is None else table).iterrows():
-        network = networks()[f"torchvision:{row.model}@{row.image_size}"]
+        network = networks()[network_name(row)]
         setting = StepSetting(
             batch=int(row.batch),
             precision=Precision(row.precision),

@@ -106,13 +106,12 @@ def _holds(made: ManyGpus, scaled: pd.Series) -> pd.Series:
     return scaled.between(made.low, made.high)
 
 
-def later(young_share: float) -> pd.DataFrame:
-    """Rows that were collected after the fit, as what ptsim ships predicts them.
+def later(training: list[Case], layers: list[Case]) -> pd.DataFrame:
+    """Rows that were collected after the fit of these cases, as what ptsim ships predicts them.
 
-    Args:
-        young_share: by which share software that was young for its GPU takes longer, says the fit.
+    With the share by which software that was young for its GPU takes longer, which only the fit knows.
     """
-    table = many_table("training_many_later")
+    table, young_share = many_table("training_many_later"), fit(training, layers).nuisance["young_software"]
     made = cases(table=table, young_share=young_share)
     found = pd.DataFrame([_line("later", case.source, case, load_scaling()) for case in made])
     inside = _holds(load_intervals().many_gpus, _scaled(found))
@@ -181,8 +180,8 @@ def _summary(name: str, part: pd.DataFrame) -> dict[str, object]:
 
 def main() -> None:
     """Print the tables."""
-    found = leave_out(evidence(), layer_cases())
-    since = later(fit(evidence(), layer_cases()).nuisance["young_software"])
+    training, layers = evidence(), layer_cases()
+    found, since = leave_out(training, layers), later(training, layers)
     for table in (summary(found), by_source(found), by_source(since), since):
         print(table.to_string(index=False))
 

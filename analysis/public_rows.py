@@ -97,8 +97,7 @@ def training_table() -> pd.DataFrame:
 
     Where a table does not say so, images are of 224 × 224 pixels and the optimizer is SGD with momentum.
     """
-    files = {name: pd.read_csv(PUBLIC / f"{name}.csv") for name in FILES}
-    table = pd.concat([rows.assign(file=name) for name, rows in files.items()], ignore_index=True)
+    table = pd.concat([pd.read_csv(PUBLIC / f"{name}.csv") for name in FILES], ignore_index=True)
     defaults = {"image_size": 224, "optimizer": "sgd"}
     return table.fillna(defaults).astype({"image_size": int}).assign(deduced=False)
 
@@ -125,7 +124,7 @@ def alone_table() -> pd.DataFrame:
 def one_gpu_rows(rows: pd.DataFrame, *, deduced: bool) -> pd.DataFrame:
     """Rows of many GPUs, whose `images_per_s` are one GPU's, in the columns of `training_table`."""
     how = {"framework": "PyTorch", "whole_model_fp16": False, "with_optimizer": True, "host_copy": False}
-    return rows.assign(**how, file="training_many", deduced=deduced)
+    return rows.assign(**how, deduced=deduced)
 
 
 def is_young(device: Device, software: str) -> bool:

@@ -62,13 +62,13 @@ def hook_seconds(cluster: Cluster, num_gpus: int) -> float:
     return tensor_seconds(num_gpus, on_gpus=cluster.library == "nccl")
 
 
-def contention_of(cluster: Cluster, num_gpus: int) -> float:
+def contention_of(cluster: Cluster, num_gpus: int, scaling: Scaling | None = None) -> float:
     """By which fraction computation and communication each take longer while they overlap.
 
-    The link between nodes decides where there is more than one node.
+    The link between nodes decides where there is more than one node. `scaling` stands in for what ptsim ships.
     """
     link = cluster.inter if nodes_for(cluster, num_gpus) > 1 and cluster.inter is not None else cluster.intra
-    known = load_scaling().contention
+    known = (scaling or load_scaling()).contention
     return known.get(link.kind, known["other"]) if link.kind is not LinkKind.MEASURED else known["other"]
 
 

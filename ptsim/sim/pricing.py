@@ -127,15 +127,15 @@ class Pricer:
         return math.fsum(known[kind] for kind in self._kinds()) / scenario.num_gpus
 
     def among_others_s(self, stage: Stage) -> float:
-        """By how many seconds a GPU that is alone would compute longer in a step among others; 0 if it is among them.
+        """By how many seconds a GPU that is alone would compute longer in a step among others.
 
         Waiting for what they send is not in it.
         """
-        cluster, step = self.scenario.cluster, self.price(stage).step
-        if self.scenario.num_gpus > 1 or step.data_parallel:
+        cluster, price = self.scenario.cluster, self.price(stage)
+        if price.step.data_parallel:
             return 0.0
         hooks_s = hook_seconds(cluster, 2) * len(stage.network.gradients)
-        return slowdown(cluster, 2) * self.price(stage).result.compute_s + hooks_s
+        return slowdown(cluster, 2) * price.result.compute_s + hooks_s
 
     def record(self, stage: Stage, num_steps: int, shown: int) -> RecordedSteps:
         """What the streams of the first `shown` GPUs do in `num_steps` steps of the stage."""
@@ -260,8 +260,15 @@ class Pricer:
         else:  # under a key of its own: elsewhere it may be the projected one, and have a profile
             device, key = other, ("mixed in", *self._alone_key(stage, msgspec.json.encode(other)))
             measurements = Measurements.of(scenario.trace, other)
-        alone = scenario.cache.get(key, lambda: step_time(stage.network, device, setting, measurements=measurements))
-        return among(alone, scenario.cluster, scenario.num_gpus)
+
+        def alone() -> StepTime:
+            return step_time(stage.network, device, setting, measurements=measurements)
+
+        cluster, num_gpus = scenario.cluster, scenario.num_gpus
+        return scenario.cache.get(  # it is the same among however many others
+            ("among", num_gpus > 1, cluster.library, *key),
+            lambda: among(scenario.cache.get(key, alone), cluster, num_gpus),
+        )
 
     def _memory(self, stage: Stage) -> MemoryNeed:
         scenario = self.scenario

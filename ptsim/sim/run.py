@@ -163,11 +163,12 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
         whole = SecondsRange.around(whole.low_s * low, work_s + faults_s, whole.high_s * high)
     total_s, low_s, high_s = whole.expected_s, whole.low_s, whole.high_s
     price = hour_price(cluster, options)
-    needed = [_input_images_per_s(epoch) for epoch in epochs]
-    among = [
-        _input_images_per_s(epoch, pricer.among_others_s(stage))
-        for epoch, stage in zip(epochs, plan.stages, strict=True)
-    ]
+    needed, among = [_input_images_per_s(epoch) for epoch in epochs], None
+    if num_gpus == 1 and pricer.feed.supply is not None:
+        among = [
+            _input_images_per_s(epoch, pricer.among_others_s(stage))
+            for epoch, stage in zip(epochs, plan.stages, strict=True)
+        ]
     energy_j = pricer.power.run_j(epochs, fixed_s, faults_s)
     energy_low_j, energy_high_j = pricer.power.run_range_j(energy_j, low_s / total_s, high_s / total_s, low_s)
     return RunProjection(
