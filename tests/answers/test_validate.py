@@ -16,7 +16,6 @@ from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import PowerSample, fit_power
 from ptsim.costs.measured import measured_step
 from ptsim.costs.memory import iteration_memory
-from ptsim.costs.scaling import load_scaling
 from ptsim.costs.times import LayerTime, StepTime
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import load_device
@@ -28,7 +27,7 @@ from ptsim.trace.pairs import time_differences
 from ptsim.trace.schema import Epoch, Profile
 from tests.traces import CPU, dense_trace, shrinking_records, shrinking_trace, write_trace
 
-SCALING = load_scaling()
+SLOWDOWN, TENSOR_S = 0.0108, 3.91e-05  # of `scaling.toml`
 LONG = {"num_train": 50000, "batch_step": 0}
 
 
@@ -345,7 +344,7 @@ def test_steps_of_several_gpus_have_the_hooks_and_the_interval_that_they_are_pre
     cpus, gpus = (validate([trace], cluster=cluster).runs[0].epochs[1] for cluster in clusters)
     n = trace.epochs[1].num_iterations
     alone_s = profile.forward_s + profile.backward_s + profile.optimizer_s
-    added_s = SCALING.slowdown * alone_s + SCALING.tensor_s * len(trace.final_network.gradients)
+    added_s = SLOWDOWN * alone_s + TENSOR_S * len(trace.final_network.gradients)
     assert gpus.predicted_seconds - cpus.predicted_seconds == pytest.approx(n * added_s)
 
     def ends_of(computed_s: float) -> list[float]:
@@ -357,8 +356,7 @@ def test_steps_of_several_gpus_have_the_hooks_and_the_interval_that_they_are_pre
     assert cpus.predicted_seconds - cpus.low_seconds == pytest.approx(n * (step_s - least_s))
     assert cpus.high_seconds - cpus.predicted_seconds == pytest.approx(n * (most_s - step_s))
     step_s, least_s, most_s = ends_of(alone_s + added_s)
-    below = math.hypot(math.log(step_s / least_s), SCALING.low)
-    above = math.hypot(math.log(most_s / step_s), SCALING.high)
+    below, above = math.hypot(math.log(step_s / least_s), 0.0246), math.hypot(math.log(most_s / step_s), 0.0867)
     assert gpus.predicted_seconds - gpus.low_seconds == pytest.approx(n * step_s * (1 - math.exp(-below)))
     assert gpus.high_seconds - gpus.predicted_seconds == pytest.approx(n * step_s * (math.exp(above) - 1))
 
@@ -667,7 +665,7 @@ def test_a_power_model_takes_a_gpu_among_others_for_as_slow_as_its_prediction(tm
     use = msgspec.structs.replace(first.device, energy_j=250.0 * wall_s)
     epoch = msgspec.structs.replace(first, measured_time=msgspec.structs.replace(first.time, wall_s=wall_s), device=use)
     trace = msgspec.structs.replace(trace, epochs=(epoch,), profiles=(profile,))
-    for cluster, slower in ((None, 1.0), (constant_all_reduces(0.25), 1 + SCALING.slowdown)):
+    for cluster, slower in ((None, 1.0), (constant_all_reduces(0.25), 1 + SLOWDOWN)):
         sample = PowerSample(step=step.scaled(slower), waiting_s=2 - slower, power_w=250.0)
         expected, found = fit_power(load_device("a100"), [sample]), fit_power_model(trace, cluster=cluster)
         assert found is not None
@@ -691,7 +689,7 @@ def test_epochs_of_one_network_with_and_without_the_penalty_are_told_apart_on_a_
     trace = ptsim.read_trace(shrinking_trace(tmp_path / "t.jsonl", epochs=2, world_size=4, **LONG))
     tuned = in_epochs(trace, penalty_coefficient=(trace.epochs[0].penalty_coefficient, 0.0))
     first, last = validate([tuned], cluster=constant_all_reduces(0.25)).runs[0].epochs
-    penalty_s = (1 + SCALING.slowdown) * trace.profiles[0].regularizer_s * trace.epochs[0].num_iterations
+    penalty_s = (1 + SLOWDOWN) * trace.profiles[0].regularizer_s * trace.epochs[0].num_iterations
     assert first.predicted_seconds - last.predicted_seconds == pytest.approx(penalty_s)
 
 
