@@ -3,8 +3,8 @@
     python analysis/fit_efficiency.py            # rewrites ptsim/costs/efficiency.toml
 
 A maximum a posteriori fit: every parameter has a prior from hardware documentation or experience, residuals are of
-log(predicted / measured) under a robust loss. A few nuisance parameters exist in the fit only: young software on a new
-GPU, the frameworks of the single-layer campaigns, and a factor per GPU, which predictions for that GPU keep.
+log(predicted / measured) under a robust loss. The frameworks of the single-layer campaigns and the machines' hosts have
+parameters in the fit only. Predictions keep what young software takes longer, and the factor of a GPU.
 Rows of several GPUs are deduced with what `analysis/fit_scaling.py` wrote, which is to be run before this. The
 intervals come from `analysis/cross_validate.py`, which is to be run after it.
 """
@@ -52,6 +52,7 @@ PRIORS = {
     "stream_bandwidth": (0.88, 0.08),  # BabelStream reaches 0.85 to 0.93 from Volta on
     "norm_bandwidth": (0.75, 0.15),
     "layout_bandwidth": (0.75, 0.2),
+    "norm_block": (2.0, 0.5),  # a block has half of the threads that an SM may hold, and loads in flight decide
     "pascal_bandwidth": (0.82, 0.06),  # the Volta white paper's 1.5 × delivered over 1.23 × stated
     "depthwise_bandwidth": (0.5, 0.3),  # neighbouring taps find their input in the caches, mostly
     "depthwise_rate": (0.1, 0.5),  # some ten instructions per tap
@@ -110,6 +111,7 @@ class Fitted:
             efficiency=self.efficiency,
             host=self.host,
             devices={device: self.device_factor[device] for device in known},
+            young_software=self.nuisance["young_software"],
         )
 
     def predict(self, networks: Predictor, fit: Fit) -> Floats:
@@ -309,6 +311,7 @@ def main() -> None:
     training, layers = evidence(), layer_cases()
     fitted = fit(training, layers)
     document = {
+        "young_software": float(f"{fitted.nuisance['young_software']:.3g}"),
         "efficiency": {name: float(f"{getattr(fitted.efficiency, name):.4g}") for name in PRIORS},
         "host": {name: float(f"{getattr(fitted.host, name):.3g}") for name in Host.__struct_fields__},
         "devices": {

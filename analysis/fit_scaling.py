@@ -19,18 +19,17 @@ import msgspec
 import numpy as np
 import pandas as pd
 import tomli_w
-from public_rows import is_young, many_table, network_name, networks, one_gpu_rows, update_of
+from public_rows import many_table, network_name, networks, one_gpu_rows, setting_of
 from scipy.optimize import least_squares
 
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce, nodes_for
-from ptsim.costs.datasheet import Fit, chip_of, datasheet_step, load_fit
+from ptsim.costs.datasheet import Fit, datasheet_step
 from ptsim.costs.scaling import Scaling, contention_of
 from ptsim.costs.times import StepTime
 from ptsim.hardware.catalog import load_cluster, load_device
 from ptsim.hardware.spec import Cluster, Link, LinkKind
-from ptsim.network import Network, Precision
-from ptsim.setting import StepSetting
+from ptsim.network import Network
 from ptsim.sim import ddp
 from ptsim.sim.step import simulate_steps
 from ptsim.sim.work import TrainingJob
@@ -101,31 +100,20 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         return simulate_steps([TrainingJob(plan=plan.merged())], contention=contention)[0].step_s
 
 
-def cases(fit: Fit | None = None, table: pd.DataFrame | None = None, *, young_share: float = 0.0) -> list[Case]:
-    """Every row as a case.
+def cases(fit: Fit | None = None, table: pd.DataFrame | None = None) -> list[Case]:
+    """Every row as a case, with the software of its time.
 
     Args:
         fit: of the data sheet, for the step on one GPU; by default what ptsim ships.
         table: rows of `many_table`; by default those of the fit.
-        young_share: by which share the step on one GPU took longer with software that was young for the GPU.
     """
-    found, efficiency = [], (fit or load_fit()).efficiency
+    found = []
     for _, row in (many_table() if table is None else table).iterrows():
         network = networks()[network_name(row)]
-        setting = StepSetting(
-            batch=int(row.batch),
-            precision=Precision(row.precision),
-            memory_format=row.memory_format,
-            optimizer=row.optimizer,
-        )
-        device = load_device(row.device)
-        step = datasheet_step(network, device, setting, fit=fit)
-        update_s = update_of(row, network, setting).seconds(chip_of(device, setting.precision), efficiency)
-        slowed = 1 + young_share * is_young(device, row.software)
         found.append(
             Case(
                 network=network,
-                step=_with_update(step, update_s).scaled(slowed),
+                step=datasheet_step(network, load_device(row.device), setting_of(row), fit=fit),
                 cluster=cluster_of(row),
                 num_gpus=int(row.num_gpus),
                 seconds=row.num_gpus * row.batch / row.images_per_s,
@@ -248,11 +236,6 @@ def _scaling(x: np.ndarray) -> Scaling:
         "other": OTHER_CONTENTION,
     }
     return Scaling(tensor_s=float(x[0]) * 1e-6, slowdown=float(x[2]), contention=contention, low=0.0, high=0.0)
-
-
-def _with_update(step: StepTime, update_s: float) -> StepTime:
-    longer = (step.compute_s + update_s - step.optimizer_s) / step.compute_s
-    return msgspec.structs.replace(step, optimizer_s=update_s, low_s=step.low_s * longer, high_s=step.high_s * longer)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,28 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from fit_efficiency import Problem, evidence, fit
+from fit_efficiency import Problem, evidence
 from fit_scaling import Case as ManyCase
-from fit_scaling import cases
+from fit_scaling import cases, cluster_of
 from fit_scaling import fit as fit_scaling
-from public_rows import Case, layer_cases, many_table
+from public_rows import (
+    Case,
+    alone_table,
+    layer_cases,
+    many_table,
+    network_name,
+    networks,
+    setting_of,
+    training_table,
+    version_of,
+)
 from residuals import chip_name, correlation, ends
 
+from ptsim.answers.predict import predict
 from ptsim.costs.datasheet import ManyGpus, load_intervals
 from ptsim.costs.scaling import Scaling, load_scaling
+from ptsim.costs.software import is_young
+from ptsim.hardware.catalog import load_device
 
 
 def leave_out(training: list[Case], layers: list[Case]) -> pd.DataFrame:
@@ -43,7 +56,7 @@ def leave_out(training: list[Case], layers: list[Case]) -> pd.DataFrame:
             known = sorted({case.device for case, keep in zip(training, kept & tells, strict=True) if keep})
             own = (keys == group).to_numpy()
             scaling = fit_scaling([case for case, out in zip(shipped, own, strict=True) if not out])
-            mine = cases(fitted.shipped(known), table[own], young_share=fitted.nuisance["young_software"])
+            mine = cases(fitted.shipped(known), table[own])
             found += [_line(way, group, case, scaling) for case in mine]
     rows = pd.DataFrame(found)
     return rows.assign(inside=covered(rows))
@@ -106,16 +119,55 @@ def _holds(made: ManyGpus, scaled: pd.Series) -> pd.Series:
     return scaled.between(made.low, made.high)
 
 
-def later(training: list[Case], layers: list[Case]) -> pd.DataFrame:
-    """Rows that were collected after the fit of these cases, as what ptsim ships predicts them.
-
-    With the share by which software that was young for its GPU takes longer, which only the fit knows.
-    """
-    table, young_share = many_table("training_many_later"), fit(training, layers).nuisance["young_software"]
-    made = cases(table=table, young_share=young_share)
-    found = pd.DataFrame([_line("later", case.source, case, load_scaling()) for case in made])
+def later() -> pd.DataFrame:
+    """Rows that no fit has seen, as what ptsim ships predicts them."""
+    table = many_table("training_many_later")
+    found = pd.DataFrame([_line("later", case.source, case, load_scaling()) for case in cases(table=table)])
     inside = _holds(load_intervals().many_gpus, _scaled(found))
     return found.assign(model=table.model, precision=table.precision, inside=inside)
+
+
+def young() -> pd.DataFrame:
+    """Rows of young software as what ptsim ships predicts them, which version it was said or not; they are in the fit.
+
+    On one GPU without steps that are timed one by one.
+    """
+    alone = pd.concat([training_table(), alone_table()], ignore_index=True)
+    alone = alone[(alone.framework == "PyTorch") & ~alone.host_copy]
+    found = []
+    for where, table in {"one GPU": alone.assign(num_gpus=1), "2 to 64 GPUs": many_table()}.items():
+        for _, row in table.iterrows():
+            version = version_of(row)
+            if is_young(load_device(row.device), version):
+                said, unsaid = _as_users_see(row, str(version)), _as_users_see(row, None)
+                found.append((where, row.precision, *said, *unsaid))
+    rows = pd.DataFrame(found, columns=["on", "precision", "said", "said_inside", "unsaid", "unsaid_inside"])
+    lines = []
+    for (where, precision), part in rows.groupby(["on", "precision"]):
+        line: dict[str, object] = {"steps on": where, "precision": precision, "rows": len(part)}
+        for name, column in {"version said": "said", "not said": "unsaid"}.items():
+            line[f"{name}: longer %"] = round(100 * float(np.expm1(part[column].median())), 1)
+            line[f"{name}: inside %"] = round(100 * part[f"{column}_inside"].mean(), 1)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _as_users_see(row: pd.Series, version: str | None) -> tuple[float, bool]:
+    """ln(measured / predicted) of a row, and whether its interval holds it, as `ptsim.predict` gives them."""
+    setting, many = setting_of(row), row.num_gpus > 1
+    predicted = predict(
+        networks()[network_name(row)],
+        gpu=load_device(row.device),
+        cluster=cluster_of(row) if many else None,
+        gpus=int(row.num_gpus) if many else None,
+        batch=setting.batch,
+        precision=setting.precision,
+        memory_format=setting.memory_format,
+        optimizer=setting.optimizer,
+        torch_version=version,
+    )
+    seconds = row.num_gpus * row.batch / row.images_per_s
+    return float(np.log(seconds / predicted.step_seconds)), predicted.low <= seconds <= predicted.high
 
 
 def by_network(later: pd.DataFrame) -> pd.DataFrame:
@@ -181,8 +233,8 @@ def _summary(name: str, part: pd.DataFrame) -> dict[str, object]:
 def main() -> None:
     """Print the tables."""
     training, layers = evidence(), layer_cases()
-    found, since = leave_out(training, layers), later(training, layers)
-    for table in (summary(found), by_source(found), by_source(since), since):
+    found, since = leave_out(training, layers), later()
+    for table in (summary(found), by_source(found), by_source(since), since, young()):
         print(table.to_string(index=False))
 
 

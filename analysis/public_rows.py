@@ -7,7 +7,6 @@ import functools
 import gzip
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,7 +19,6 @@ from ptsim.costs.datasheet import (
     chip_of,
     kernel_seconds,
     launch_order,
-    update_bytes,
     uses_tensor_cores,
 )
 from ptsim.costs.kernels import (
@@ -33,40 +31,28 @@ from ptsim.costs.kernels import (
     network_kernels,
     product_kernels,
 )
+from ptsim.costs.software import Update, groups_updates, is_young, update_of, zeroing_of
 from ptsim.hardware.catalog import load_device
-from ptsim.hardware.spec import Device
 from ptsim.network import Layer, LayerKind, Network, Precision
-from ptsim.setting import StepSetting
+from ptsim.setting import StepSetting, TorchVersion
 
 PUBLIC = Path(__file__).parent.parent / "traces" / "public"
 FILES = ("training", "training_depthwise", "training_later")
 # Two rows are the same measurement, published twice, if these are equal and their speeds are within this share.
 SAME_TEST = ["source", "device", "precision", "memory_format", "model", "image_size", "batch"]
 SAME_SPEED = 0.01
-# Before the middle of 2021 Ampere's kernels were young: an A100 PCIe trains ResNet-50 19 % (TF32) and 25 % (half)
-# faster with container 22.10 than with 20.10, an RTX 3090 9 and 13 % faster with PyTorch 1.13 than with 1.7. On V100 in
-# fp32 the containers from early 2019 to 21.03 are within 5 % of each other, the oldest the slowest, 19.10 the fastest.
-YOUNG_ARCHITECTURE, GROWN_TORCH, GROWN_CONTAINER = "ampere", (1, 10), (21, 7)
-# Before PyTorch 2.0 (15 March 2023) zero_grad wrote zeros, which backward added to, and optimizers updated one tensor
-# after the other: so many kernels each (torch.optim.sgd with momentum and decay, rmsprop with momentum, as of 1.13).
-GROUPED_SINCE = "2023-03"
-KERNELS_PER_TENSOR = {"sgd": 4, "rmsprop": 8}
-ZEROED_BYTES = 4 + 12  # of every parameter: its gradient written, read twice and written once
+# The version of PyTorch in NVIDIA's containers, from the first with each on (release notes of the containers), and when
+# each version was released, for rows that say neither.
+CONTAINERS = {
+    (19, 1): (1, 1), (20, 1): (1, 4), (20, 2): (1, 5), (20, 6): (1, 6), (20, 8): (1, 7), (20, 11): (1, 8),
+    (21, 3): (1, 9), (21, 7): (1, 10), (21, 11): (1, 11), (22, 4): (1, 12), (22, 6): (1, 13), (23, 2): (2, 0),
+}  # fmt: skip
+RELEASES = {
+    "": (1, 0), "2019": (1, 1), "2020-01": (1, 4), "2020-04": (1, 5), "2020-07": (1, 6), "2020-10": (1, 7),
+    "2021-03": (1, 8), "2021-06": (1, 9), "2021-10": (1, 10), "2022-03": (1, 11), "2022-06": (1, 12),
+    "2022-10": (1, 13), "2023-03": (2, 0),
+}  # fmt: skip
 PAGEABLE_BYTES_PER_S = 6e9  # host to device copy of pageable memory over PCIe 3; nuisance of 14 rows
-
-
-class Update(NamedTuple):
-    """What gradients and parameters cost a step besides forward and backward, with the software of a row."""
-
-    num_bytes: float = 0.0  # moved
-    num_kernels: int = 0  # on the GPU, one for a tensor: each takes at least a kernel's least time
-    num_launches: int = 0  # by the host, after backward
-    num_zeroed: int = 0  # tensors that the host has zeroed before the GPU gets work
-
-    def seconds(self, chip: Chip, efficiency: Efficiency) -> float:
-        """On the GPU."""
-        streaming = efficiency.stream_bandwidth * chip.bandwidth_bytes_per_s
-        return self.num_bytes / streaming + self.num_kernels * efficiency.launch_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +62,7 @@ class Case:
     kernels: Kernels
     chip: Chip
     update: Update
+    num_zeroed: int  # tensors that the host zeroes before the GPU gets work, in steps that are timed one by one
     extra_s: float
     seconds: float
     device: str
@@ -127,33 +114,33 @@ def one_gpu_rows(rows: pd.DataFrame, *, deduced: bool) -> pd.DataFrame:
     return rows.assign(**how, deduced=deduced)
 
 
-def is_young(device: Device, software: str) -> bool:
-    """True if a row's software is known to be older than the kernels that its GPU's generation got later."""
-    found = re.search(r"(?:NGC |pytorch-)(\d\d)\.(\d\d)", software), re.search(r"(?i)torch (\d+)\.(\d+)", software)
-    container, torch = (tuple(map(int, match.groups())) if match else None for match in found)
-    old = container < GROWN_CONTAINER if container else torch is not None and torch < GROWN_TORCH
-    return old and device.architecture == YOUNG_ARCHITECTURE
+def version_of(row: pd.Series) -> TorchVersion | None:
+    """The version of PyTorch that a row was measured with, by its software or at the latest by its date.
 
-
-def update_of(row: pd.Series, network: Network, setting: StepSetting, *, updates: bool = True) -> Update:
-    """The update of a row, with the software of its time.
-
-    Args:
-        row: with its date, and `host_copy` where steps were timed one by one.
-        network: of the row.
-        setting: of the row.
-        updates: False if the row's step makes no update; its gradients are zeroed all the same.
+    TensorFlow's rows have none, and are predicted as if by today's PyTorch.
     """
-    num_tensors = len(network.gradients)
-    num_bytes = update_bytes(network, setting) if updates else 0.0
-    if row.date >= GROUPED_SINCE or row.get("framework") == "TensorFlow":
-        return Update(num_bytes, num_launches=num_tensors if updates else 0)
-    kernels = KERNELS_PER_TENSOR[setting.optimizer] * num_tensors if updates else 0
-    return Update(
-        num_bytes + ZEROED_BYTES * network.num_learnt,
-        num_kernels=kernels + 2 * num_tensors,
-        num_launches=kernels,
-        num_zeroed=num_tensors if row.get("host_copy", False) else 0,
+    if row.get("framework") == "TensorFlow":
+        return None
+    found = (
+        re.search(r"(?:NGC |pytorch-)(\d\d)\.(\d\d)", row.software),
+        re.search(r"(?i)torch (\d+)\.(\d+)", row.software),
+    )
+    container, torch = (tuple(map(int, match.groups())) if match else None for match in found)
+    if container is None and torch is not None:
+        return TorchVersion(*torch)
+    known, at = (CONTAINERS, container) if container else (RELEASES, f"{row.date}-12"[:7])
+    return TorchVersion(*known[max(since for since in known if since <= at)])
+
+
+def setting_of(row: pd.Series) -> StepSetting:
+    """How a row's step was run."""
+    return StepSetting(
+        batch=int(row.batch),
+        precision=Precision(row.precision),
+        memory_format=row.memory_format,
+        optimizer=row.optimizer,
+        momentum=0.9,
+        torch_version=version_of(row),
     )
 
 
@@ -173,24 +160,23 @@ def cases_of(table: pd.DataFrame) -> list[Case]:
     cases = []
     for _, row in table.iterrows():
         device, precision = load_device(row.device), Precision(row.precision)
-        network = networks()[network_name(row)]
-        setting = StepSetting(
-            batch=row.batch, precision=precision, memory_format=row.memory_format, optimizer=row.optimizer
-        )
+        network, setting = networks()[network_name(row)], setting_of(row)
+        zeroed = row.host_copy and not groups_updates(setting.torch_version)
         kernels = network_kernels(network, setting, tensor_cores=uses_tensor_cores(device, precision))
         images = row.batch * int(np.prod(network.input_shape))
         cases.append(
             Case(
                 kernels=kernels,
                 chip=chip_of(device, precision),
-                update=update_of(row, network, setting, updates=row.with_optimizer),
+                update=update_of(network, setting) if row.with_optimizer else _without_optimizer(network, setting),
+                num_zeroed=len(network.gradients) if zeroed else 0,
                 extra_s=4 * images / PAGEABLE_BYTES_PER_S if row.host_copy else 0.0,
                 seconds=row.batch / row.images_per_s,
                 device=row.device,
                 model=row.model,
                 machine=f"{row.source} {row.device}",
                 row=row,
-                young=is_young(device, row.software),
+                young=is_young(device, setting.torch_version),
                 tells=row.framework == "PyTorch" and not row.deduced,
             )
         )
@@ -217,6 +203,10 @@ def layer_cases() -> list[Case]:
         )
         cases.append(_layer_case(kernel, row, row.device, Precision.FP32))
     return cases
+
+
+def _without_optimizer(network: Network, setting: StepSetting) -> Update:
+    return Update() if groups_updates(setting.torch_version) else zeroing_of(network)
 
 
 def is_depthwise(case: Case) -> bool:
@@ -255,7 +245,7 @@ class Predictor:
         self.update_bytes = np.array([update.num_bytes for update in updates])
         self.update_kernels = np.array([update.num_kernels for update in updates])
         self.update_launches = np.array([update.num_launches for update in updates])
-        self.zeroed = np.array([update.num_zeroed for update in updates])
+        self.zeroed = np.array([case.num_zeroed for case in cases])
         self.extra = np.array([case.extra_s for case in cases])
         self.seconds = np.array([case.seconds for case in cases])
 
@@ -308,6 +298,7 @@ def _layer_case(kernel: Kernel, row: pd.Series, device: str, precision: Precisio
         kernels=Kernels.of([kernel]),
         chip=chip_of(load_device(device), precision),
         update=Update(),
+        num_zeroed=0,
         extra_s=0.0,
         seconds=row.seconds,
         device=device,

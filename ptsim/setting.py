@@ -6,7 +6,7 @@ import numbers
 import operator
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import msgspec
 
@@ -20,6 +20,19 @@ Sharding = Literal["none", "zero1", "zero2"]  # what every GPU keeps only its sh
 MEMORY_FORMATS: tuple[MemoryFormat, ...] = get_args(MemoryFormat)
 SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 PRECISION_NAMES: tuple[PrecisionName, ...] = get_args(PrecisionName)
+
+
+class TorchVersion(NamedTuple):
+    """A version of PyTorch."""
+
+    major: int
+    minor: int
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}"
+
+
+OF_RUNS = TorchVersion(2, 8)  # the oldest that ptsim trains with, and so the oldest of any recorded or planned run
 
 
 class ToldUpdate(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +82,8 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
         passes: forward and backward passes over equal parts of the mini-batch, whose gradients accumulate into one
             update.
         told_update, told_penalties: what a recorded run says of another package's optimizer and criterion.
+        torch_version: of the software; None where nobody said it. Only the data-sheet tier asks for it
+            (`ptsim.costs.software`).
     """
 
     batch: int
@@ -83,6 +98,7 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
     passes: int = 1
     told_update: ToldUpdate | None = None
     told_penalties: tuple[ToldPenalty, ...] = ()
+    torch_version: TorchVersion | None = None
 
     @property
     def pass_batch(self) -> int:

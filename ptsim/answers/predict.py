@@ -13,10 +13,12 @@ import msgspec
 from ptsim.answers.subject import BATCH_HINT, Subject, find_subject, is_run
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import reduction
+from ptsim.costs.datasheet import load_fit
 from ptsim.costs.energy import step_energy
 from ptsim.costs.flops import flops_utilization, training_macs
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.scaling import among, contention_of, hook_seconds
+from ptsim.costs.software import parse_torch_version, software_note
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import Tier, worst_tier
 from ptsim.errors import UsageError
@@ -109,6 +111,8 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
         num_classes: outputs; the model's usual number if None.
         optimizer: "sgd" (with momentum), "adam", "adamw" or "rmsprop"; a trace's own, else sgd.
         sharding: "zero1" or "zero2": every GPU keeps its share of the optimizer's state, and of the gradients too.
+        torch_version: of the PyTorch that runs the step, such as "1.8"; today's if None. `ptsim.costs.software` says
+            what older ones take longer for.
     """
 
     memory_format: MemoryFormat | None = None
@@ -116,6 +120,7 @@ class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
     num_classes: int | None = None
     optimizer: str | None = None
     sharding: Sharding = "none"
+    torch_version: str | None = None
 
 
 def predict(
@@ -171,15 +176,23 @@ def predict(
         optimizer=asked.optimizer,
         num_gpus=1 if machine is None else (machine.gpus_per_node if gpus is None else gpus),
     )
-    setting = msgspec.structs.replace(setting, sharding=sharding)
+    version = None if asked.torch_version is None else parse_torch_version(asked.torch_version)
+    setting = msgspec.structs.replace(setting, sharding=sharding, torch_version=version or setting.torch_version)
     known = Measurements.of(subject.trace, device, calibrated)
     step = step_time(subject.network, device, setting, measurements=known)
+    if version is not None and step.tier != Tier.DATASHEET:
+        raise UsageError(f"torch_version is for steps that are predicted from the data sheet; this one is {step.tier}")
     parallel: BoundedStep | None = None
     network_tier = None
     if machine is not None and setting.data_parallel:
         step = among(step, machine, setting.num_gpus)
         parallel, network_tier = _data_parallel(subject, step, machine, setting)
     notes = () if calibrated is None or step.tier != Tier.PROFILED else calibrated.doubts(num_gpus=setting.num_gpus)
+    if (
+        step.tier == Tier.DATASHEET
+        and (note := software_note(device, setting.torch_version, load_fit().young_software)) is not None
+    ):
+        notes = (*notes, note)
     if subject.trace is not None and subject.trace.compiled_note is not None:
         notes = (*notes, subject.trace.compiled_note)
     return _prediction(subject.network, device, machine, setting, step, parallel, network_tier, notes)

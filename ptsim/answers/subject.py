@@ -89,6 +89,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
             passes=passes,
             told_update=recorded.told_update,
             told_penalties=recorded.told_penalties,
+            torch_version=recorded.torch_version,
         )
 
 

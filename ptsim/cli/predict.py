@@ -30,6 +30,7 @@ def predict(
     network: NetworkOptions = NetworkOptions(),
     optimizer: OptimizerOfTrace = None,
     sharding: Sharding = "none",
+    torch_version: str | None = None,
     profile: Profile = None,
     json: Annotated[
         Json, Parameter(help="Print one JSON document; low and high are the 90 % interval of step_seconds.")
@@ -47,6 +48,8 @@ def predict(
         cluster: Cluster for data-parallel training: catalog name or TOML file.
         gpus: Number of the cluster's GPUs. Default: those of one node.
         sharding: zero1: every GPU keeps and updates its share of the optimizer's state. zero2: of the gradients too.
+        torch_version: The PyTorch that runs the step, such as 1.8, for a prediction from the data sheet. Before 1.10
+            GPUs of the Ampere generation took longer, before 2.0 every update did. Default: today's.
     """
     options = PredictOptions(
         memory_format=memory_format,
@@ -54,6 +57,7 @@ def predict(
         num_classes=network.classes,
         optimizer=optimizer,
         sharding=sharding,
+        torch_version=torch_version,
     )
     with users_code():
         prediction = predict_step(

@@ -21,14 +21,14 @@ import numpy.typing as npt
 
 from ptsim.costs.kernels import Floats, Kernels, Pass, Work, network_kernels
 from ptsim.costs.shipped import shipped
+from ptsim.costs.software import is_young, may_be_young, update_of
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
-from ptsim.costs.traffic import again_bytes, cast_bytes, update_traffic
+from ptsim.costs.traffic import again_bytes, cast_bytes
 from ptsim.criteria import step_penalty
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import GENERATIONS, Device
 from ptsim.network import Network, Precision
-from ptsim.optimizers import kind_of
 from ptsim.setting import StepSetting
 
 
@@ -46,6 +46,7 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         input_gradient, weight_gradient, strided: rate of these passes relative to the forward pass.
         product_bandwidth, stream_bandwidth, norm_bandwidth, layout_bandwidth: share of the memory bandwidth that
             products, element-wise kernels, normalisations and layout conversions reach.
+        norm_block: SMs' shares of the bandwidth that one block of a BatchNorm draws: with few blocks SMs idle.
         pascal_bandwidth: bandwidth that the Pascal memory controllers deliver relative to their successors' share; the
             Volta white paper says 1.5 × in all for V100 over P100, whose stated bandwidths differ 1.23 ×: 0.82.
         depthwise_bandwidth, depthwise_rate: shares of the bandwidth, and of the rate at which instructions issue, of
@@ -76,6 +77,7 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     stream_bandwidth: float
     norm_bandwidth: float
     layout_bandwidth: float
+    norm_block: float
     pascal_bandwidth: float
     depthwise_bandwidth: float
     depthwise_rate: float
@@ -106,11 +108,15 @@ class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Fit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `efficiency.toml` holds: the fit, and its GPUs' own factors of time."""
+    """What `efficiency.toml` holds: the fit, and its GPUs' own factors of time.
+
+    `young_software` is the share by which a step takes longer with software that is young for its GPU.
+    """
 
     efficiency: Efficiency
     host: Host
     devices: dict[str, float]
+    young_software: float
 
     def with_host(self, factor: float) -> Fit:
         """The fit with a host that needs so many times as long."""
@@ -212,9 +218,6 @@ _UNCERTAINTY = {
     "unfitted": 0.4,
     "host": 0.6,
 }
-# Published TF32 steps with software of up to a year after the GPU's release take 12 to 20 % longer than the same with
-# later software, for which predictions are; that of other formats 0 to 13 %.
-_EARLY_TF32 = 0.1
 _SPLIT_DEPTH = 256  # least depth k of a slice when the depth is split over blocks …
 _SPLIT_BLOCKS = 4  # … and how many of them an SM gets
 
@@ -259,7 +262,8 @@ def kernel_seconds(kernels: Kernels, chip: Chip, efficiency: Efficiency) -> Floa
     controller = 1 + (e.pascal_bandwidth - 1) * np.asarray(chip.pascal)
     bandwidth = chip.bandwidth_bytes_per_s * controller * (1 + (e.cache - 1) * resident)
     share = np.array([e.product_bandwidth, e.depthwise_bandwidth, e.norm_bandwidth, e.stream_bandwidth])
-    memory = kernels.moved_bytes / (share[kernels.work] * bandwidth)
+    reading = np.minimum(1.0, e.norm_block * kernels.blocks / chip.num_sms)  # share of the SMs
+    memory = kernels.moved_bytes / (share[kernels.work] * reading * bandwidth)
     compute = np.zeros_like(memory)
     is_product, is_depthwise = kernels.work == Work.PRODUCT, kernels.work == Work.DEPTHWISE
     product = _product_seconds(kernels, chip, e)
@@ -335,7 +339,7 @@ def waiting_seconds(
         kernels: of forward and backward.
         seconds: of every kernel on the GPU.
         update_s: of the update on the GPU, after them.
-        num_tensors: parameters, which the host updates.
+        num_tensors: what the host launches to update parameters: one a tensor, with older software several.
         host: what it needs to launch.
         num_launches: kernels of the regulariser. They are launched as the optimizer's are, without a module and without
             a graph: each is assumed to take what the update of a tensor takes. A bare operator takes about a tenth of
@@ -381,13 +385,11 @@ def spreads(
     update_s: float,
     num_tensors: int,
     fit: Fit,
-    precision: Precision,
     num_launches: int = 0,
 ) -> tuple[float, float, float]:
     """What the GPU waits for the host, and how far log(time) of the step may be below and above: one deviation each.
 
-    Hosts differ by `_UNCERTAINTY["host"]`, which counts as far as a faster or a slower one changes the step. TF32 may
-    take longer by `_EARLY_TF32`.
+    Hosts differ by `_UNCERTAINTY["host"]`, which counts as far as a faster or a slower one changes the step.
     """
     hosts = (fit.host.times(math.exp(sign * _UNCERTAINTY["host"])) for sign in (0, -1, 1))
     waiting, faster, slower = (
@@ -399,7 +401,7 @@ def spreads(
     return (
         waiting,
         math.hypot(gpu, math.log(step_s / (gpu_s + faster))),
-        math.hypot(gpu, math.log((gpu_s + slower) / step_s), _EARLY_TF32 if precision is Precision.TF32 else 0.0),
+        math.hypot(gpu, math.log((gpu_s + slower) / step_s)),
     )
 
 
@@ -442,21 +444,24 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
     """
     fit = fit or load_fit()
     precision = setting.precision
+    slower = 1 + fit.young_software
+    young = slower if is_young(device, setting.torch_version) else 1.0
+    older = slower if may_be_young(device, setting.torch_version) else 1.0
     kernels = network_kernels(network, setting, tensor_cores=uses_tensor_cores(device, precision))
     factor = device_factor(device, fit)
-    seconds = kernel_seconds(kernels, chip_of(device, precision), fit.efficiency) * (factor or 1.0)
+    seconds = kernel_seconds(kernels, chip_of(device, precision), fit.efficiency) * (factor or 1.0) * young
     count = len(network.layers)
     is_forward = kernels.step == Pass.FORWARD
     forward = np.bincount(kernels.layer[is_forward], seconds[is_forward], count)
     backward = np.bincount(kernels.layer[~is_forward], seconds[~is_forward], count)
     streaming = fit.efficiency.stream_bandwidth * device.memory_bandwidth_bytes_per_s
-    optimizer_s = update_bytes(network, setting) / streaming
+    update = update_of(network, setting)
+    optimizer_s = update.seconds(streaming, fit.efficiency.launch_s) * young
     penalty = step_penalty(network, setting, gpu=device.is_gpu)
     regularizer_s = max(penalty.num_bytes / streaming, penalty.num_launches * fit.efficiency.launch_s)
     gpu_s = float(forward.sum() + backward.sum()) + optimizer_s + regularizer_s
     update_s = optimizer_s + regularizer_s
-    num_tensors, num_launches = len(network.gradients), penalty.num_launches
-    overhead_s, below, above = spreads(kernels, seconds, update_s, num_tensors, fit, precision, num_launches)
+    overhead_s, below, above = spreads(kernels, seconds, update_s, update.num_launches, fit, penalty.num_launches)
     interval = load_intervals().new_device if factor is None else load_intervals().known_device
     low_s, high_s = interval.around(gpu_s + overhead_s, below, above)
     return StepTime(
@@ -474,17 +479,12 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
         regularizer_s=regularizer_s,
         overhead_s=overhead_s,
         low_s=low_s,
-        high_s=high_s,
+        high_s=older * high_s,
         tier=Tier.DATASHEET,
         whole_s=cast_bytes(network, setting) / streaming,
         again_s=again_bytes(network, setting) / streaming,
+        older=older,
     )
-
-
-def update_bytes(network: Network, setting: StepSetting) -> float:
-    """What an update moves; under autocast with the casts of weights and gradients and the scaler's division."""
-    halves = cast_bytes(network, setting) + (8 * network.num_learnt if setting.half else 0)
-    return float(update_traffic(network, kind_of(setting), momentum=setting.momentum) + halves)
 
 
 def device_factor(device: Device, fit: Fit) -> float | None:

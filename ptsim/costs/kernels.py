@@ -75,6 +75,9 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
         unfitted: a transposed convolution, or one over one or three axes: no row of any fit has one.
         moved_bytes: every operand read once, every result written once.
         layout_bytes: what conversions between NCHW and NHWC around the kernel move.
+        blocks: thread blocks that it runs in, where those may be fewer than a GPU's SMs; infinite elsewhere. In the
+            contiguous layout a BatchNorm's reductions give every channel one block (cuDNN's kernels `bn_…_1C11`; ATen's
+            batch_norm_collect_statistics_kernel).
         footprint_bytes: distinct bytes touched, to tell what stays in the L2 cache.
         launches: how often the host launches something for it.
     """
@@ -95,6 +98,7 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
     odd_groups: bool = False
     unfitted: bool = False
     layout_bytes: float = 0.0
+    blocks: float = math.inf
     launches: float = 1.0
 
 
@@ -117,6 +121,7 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     moved_bytes: Floats
     layout_bytes: Floats
     footprint_bytes: Floats
+    blocks: Floats
     launches: Floats
 
     @classmethod
@@ -143,7 +148,7 @@ def network_kernels(network: Network, setting: StepSetting, *, tensor_cores: boo
         tensor_cores: the device multiplies this precision on tensor cores, whose half-precision kernels want NHWC.
     """
     batch, precision, element = setting.batch, setting.precision, setting.precision.activation_bytes
-    halves = tensor_cores and setting.half
+    halves, planar = tensor_cores and setting.half, setting.memory_format == "contiguous"
     foreign = _is_foreign(setting, tensor_cores)
     gradients = _returned(network)
     widths = Widths(network, precision, gpu=True)
@@ -153,9 +158,10 @@ def network_kernels(network: Network, setting: StepSetting, *, tensor_cores: boo
             continue
         images, given, width = layer.repeats(batch), widths.inputs[layer.name], widths.output[layer.name]
         rows.extend(_conversions(index, layer, images, given, width, precision))
-        rows.extend(
-            layer_kernels(layer, images, max(given), width, element, foreign=foreign, halves=halves, index=index)
+        made = layer_kernels(
+            layer, images, max(given), width, element, foreign=foreign, halves=halves, planar=planar, index=index
         )
+        rows.extend(made)
         extra = gradients.get(layer.name, 1) - 1
         if extra > 0 and _learns(layer) and not joins_gradients(layer):  # gradients of the branches are added up
             size = float(layer.output_elements * images * width)
@@ -341,6 +347,7 @@ def layer_kernels(
     *,
     foreign: bool = False,
     halves: bool = False,
+    planar: bool = False,
     index: int = 0,
 ) -> Iterator[Kernel]:
     """The kernels of one layer; none forward of a view, and none backward where nobody needs the gradient.
@@ -353,9 +360,11 @@ def layer_kernels(
         element: of a product's operands.
         foreign: a convolution's kernel wants another memory layout than the tensors have.
         halves: products run on tensor cores in half precision.
+        planar: tensors are contiguous: every channel of an image in one piece.
         index: position in the network.
     """
-    for kernel in _kernels_of(index, layer, batch, given, width, element, foreign=foreign, halves=halves):
+    made = _kernels_of(index, layer, batch, given, width, element, foreign=foreign, halves=halves, planar=planar)
+    for kernel in made:
         if _learns(layer) or kernel.step is Pass.FORWARD:
             yield kernel
 
@@ -366,7 +375,16 @@ def _learns(layer: Layer) -> bool:
 
 
 def _kernels_of(
-    index: int, layer: Layer, batch: int, given: int, width: int, element: int, *, foreign: bool, halves: bool
+    index: int,
+    layer: Layer,
+    batch: int,
+    given: int,
+    width: int,
+    element: int,
+    *,
+    foreign: bool,
+    halves: bool,
+    planar: bool,
 ) -> Iterator[Kernel]:
     if layer.view:
         yield from _backward(index, gradient_of_view(layer, batch, width), layer.output_elements * batch * width)
@@ -391,8 +409,10 @@ def _kernels_of(
                 needs_input_gradient=layer.input_needs_gradient, needs_weight_gradient=layer.weight_needs_gradient,
             )  # fmt: skip
         case LayerKind.BATCH_NORM:
-            yield _norm(index, forward, BATCH_NORM_FORWARD * x, x)
-            yield _norm(index, backward, BATCH_NORM_BACKWARD * x, 2 * x)
+            of_images = len(layer.output_shape) > 1 and layer.in_channels > 0
+            blocks = float(layer.in_channels) if planar and of_images else math.inf
+            yield _norm(index, forward, BATCH_NORM_FORWARD * x, x, blocks)
+            yield _norm(index, backward, BATCH_NORM_BACKWARD * x, 2 * x, blocks)
         case LayerKind.NORM:  # autocast normalises layers and groups in fp32: the output's width
             batch_norm = layer.op == "instance_norm"  # is one, of images laid side by side
             there, back = (BATCH_NORM_FORWARD, BATCH_NORM_BACKWARD) if batch_norm else (_NORM_FORWARD, _NORM_BACKWARD)
@@ -448,5 +468,5 @@ def _stream(index: int, step: Pass, moved: float, footprint: float, launches: fl
     )
 
 
-def _norm(index: int, step: Pass, moved: float, footprint: float) -> Kernel:
-    return Kernel(layer=index, work=Work.NORM, step=step, moved_bytes=moved, footprint_bytes=footprint)
+def _norm(index: int, step: Pass, moved: float, footprint: float, blocks: float = math.inf) -> Kernel:
+    return Kernel(layer=index, work=Work.NORM, step=step, moved_bytes=moved, footprint_bytes=footprint, blocks=blocks)

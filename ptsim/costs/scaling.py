@@ -99,7 +99,7 @@ def among(step: StepTime, cluster: Cluster, num_gpus: int) -> StepTime:
     return msgspec.structs.replace(
         step,
         low_s=expected_s * (step.low_s / expected_s) ** -many.low,
-        high_s=expected_s * (step.high_s / expected_s) ** many.high,
+        high_s=expected_s * step.older * (step.high_s / step.older / expected_s) ** many.high,
     )
 
 

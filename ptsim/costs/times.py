@@ -42,6 +42,7 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
             weights and gradients to and from half precision, and where there are several passes `again_s`.
         again_s: what every pass but the first takes besides: gradients that are added up, and casts where they are not
             in the passes already.
+        older: factor in `high_s` for software that may be older than today's, which is as long among many GPUs.
     """
 
     layers: tuple[LayerTime, ...]
@@ -55,6 +56,7 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
     data_parallel: bool = False
     whole_s: float = 0.0
     again_s: float = 0.0
+    older: float = 1.0
 
     @property
     def forward_s(self) -> float:

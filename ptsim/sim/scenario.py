@@ -16,7 +16,7 @@ from ptsim.hardware.catalog import load_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import Network
-from ptsim.setting import StepSetting, parse_precision
+from ptsim.setting import OF_RUNS, StepSetting, parse_precision
 from ptsim.sim.options import Options
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
@@ -106,6 +106,7 @@ class Scenario:
             sharding=self.options.sharding if self.num_gpus > 1 else "none",
             told_update=self.told_update,
             told_penalties=self.told_penalties,
+            torch_version=OF_RUNS,
         )
 
     def memory_setting(self, batch: int, epoch: Epoch) -> StepSetting:

@@ -13,7 +13,7 @@ from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import UsageError
 from ptsim.network import LayerKind, Network
 from ptsim.operators import BILINEAR, num_taps
-from ptsim.setting import StepSetting, ToldPenalty, ToldUpdate
+from ptsim.setting import OF_RUNS, StepSetting, ToldPenalty, ToldUpdate
 from ptsim.trace.schema import Draw, End, Epoch, PenaltyCosts, Profile, Reconfiguration, Run, gone_share
 
 if TYPE_CHECKING:
@@ -274,6 +274,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
             num_gpus=self.run.world_size,
             told_update=self.told_update,
             told_penalties=self.told_penalties,
+            torch_version=OF_RUNS,
         )
 
     def epochs_frame(self) -> pd.DataFrame:

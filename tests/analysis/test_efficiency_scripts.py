@@ -9,8 +9,6 @@ import pandas as pd
 import pytest
 
 from ptsim.costs.datasheet import kernel_seconds, load_fit, waiting_seconds
-from ptsim.hardware.catalog import load_device
-from ptsim.setting import StepSetting
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,25 +47,32 @@ def test_cases_evaluated_together_are_those_evaluated_one_by_one(script):
     for case, seconds, update in zip(cases, together, update_s, strict=True):
         kernels_s = kernel_seconds(case.kernels, case.chip, fit.efficiency)
         host = fit.host.times(3.0)
-        assert update == pytest.approx(case.update.seconds(case.chip, fit.efficiency))
+        streaming = fit.efficiency.stream_bandwidth * case.chip.bandwidth_bytes_per_s
+        assert update == pytest.approx(case.update.seconds(streaming, fit.efficiency.launch_s))
         waits = waiting_seconds(case.kernels, kernels_s, update, case.update.num_launches, host)
-        before = case.extra_s + case.update.num_zeroed * host.update_s
+        before = case.extra_s + case.num_zeroed * host.update_s
         assert seconds == pytest.approx(before + kernels_s.sum() + update + waits)
 
 
-def test_the_update_is_that_of_a_rows_software(script):
+@pytest.mark.parametrize(("date", "zeroed"), [("2023-02", 161), ("2023-03", 0)])
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_the_update_is_that_of_a_rows_software(script, date, zeroed, with_optimizer):
+    """161 tensors of 25,557,032 parameters: SGD moves 44 bytes each; zeros, written and added to, 16 more."""
     rows = script("public_rows")
-    network, setting = rows.networks()["torchvision:resnet50@224"], StepSetting(batch=12, optimizer="sgd")
-    old, new = ({"date": date, "host_copy": True} for date in ("2023-02", "2023-03"))
-    # 161 tensors of 25,557,032 parameters. Zeros written and added to: 16 bytes each, a kernel a tensor each; 4 of SGD.
-    now = rows.update_of(pd.Series(new), network, setting)
-    assert now == rows.Update(rows.update_bytes(network, setting), num_launches=161)
-    before = rows.update_of(pd.Series(old), network, setting)
-    assert before == rows.Update(now.num_bytes + 16 * 25_557_032, 6 * 161, 4 * 161, 161)
-    without = rows.update_of(pd.Series(old), network, setting, updates=False)
-    assert without == rows.Update(16 * 25_557_032, 2 * 161, 0, 161)
-    assert rows.update_of(pd.Series({"date": "2021-03"}), network, setting).num_zeroed == 0
-    assert rows.update_of(pd.Series(old | {"framework": "TensorFlow"}), network, setting) == now
+    row = rows.training_table().query("host_copy and model == 'resnet50' and device == 't4' and precision == 'fp32'")
+    row = row.assign(date=date, software="torch 1.x", with_optimizer=with_optimizer)
+    (case,) = rows.cases_of(row)
+    update = 44 * 25_557_032 * with_optimizer
+    assert case.num_zeroed == zeroed
+    if zeroed:
+        kernels = 4 * 161 * with_optimizer
+        assert case.update == (update + 16 * 25_557_032, kernels + 2 * 161, kernels)
+    else:
+        assert case.update == (update, 0, 161 * with_optimizer)
+    (streamed,) = rows.cases_of(row.assign(host_copy=False))
+    assert streamed.num_zeroed == 0
+    (other,) = rows.cases_of(row.assign(framework="TensorFlow"))
+    assert (other.num_zeroed, other.update.num_kernels) == (0, 0)
 
 
 def test_every_published_row_says_where_it_is_from():
@@ -248,18 +253,37 @@ def test_steps_that_wait_for_the_host_are_a_line_of_their_own(script):
 
 
 @pytest.mark.parametrize(
-    ("device", "software", "young"),
+    ("software", "date", "version"),
     [
-        ("a100-pcie-40gb", "PyTorch NGC 20.10", True),
-        ("a100-pcie-40gb", "PyTorch NGC 22.10", False),
-        ("a100-sxm4-80gb", "NGC pytorch-21.03", True),
-        ("a100-sxm4-80gb", "torch 1.9.0a0+df837d0; CUDA V11.2.142", True),
-        ("rtx-3090", "PyTorch 1.8 CUDA 11.1", True),
-        ("rtx-3090", "pt112 (PyTorch 1.12), CUDA 11.3, NGC-like; native AMP", False),
-        ("v100-sxm2-16gb", "NGC pytorch-19.10", False),
-        ("h100-sxm5-80gb", "torch 1.13.0a0+d0d6b1f; CUDA V11.8.89", False),
-        ("a100-sxm4-80gb", "not stated; AMP", False),
+        ("PyTorch NGC 20.10", "2020-10", (1, 7)),
+        ("PyTorch NGC 22.10", "2022-10", (1, 13)),
+        ("NGC pytorch-21.03", "2021-04-20", (1, 9)),
+        ("NGC pytorch-21.07", "2021-08", (1, 10)),
+        ("torch 1.9.0a0+df837d0; CUDA V11.2.142", "2022-01", (1, 9)),
+        ("PyTorch 1.8 CUDA 11.1", "2021", (1, 8)),
+        ("pt112 (PyTorch 1.12), CUDA 11.3, NGC-like; native AMP", "2022-07-27", (1, 12)),
+        ("torch 2.12.1", "2026-11", (2, 12)),
+        ("not stated; AMP", "2021", (1, 10)),  # no newer one was there
+        ("not stated; AMP", "2021-02-03", (1, 7)),
+        ("torch 1.x / CUDA 10.0", "2019", (1, 1)),
+        ("not stated", "2018-05", (1, 0)),
+        ("not stated", "2025", (2, 0)),
     ],
 )
-def test_software_is_young_on_ampere_until_the_middle_of_2021(script, device, software, young):
-    assert script("public_rows").is_young(load_device(device), software) is young
+def test_the_version_of_a_row_is_stated_or_the_newest_of_its_date(script, software, date, version):
+    row = pd.Series({"software": software, "date": date})
+    assert script("public_rows").version_of(row) == version
+    assert script("public_rows").version_of(pd.concat([row, pd.Series({"framework": "TensorFlow"})])) is None
+
+
+PAGE = "# T\n\n<!-- made: a -->\nold\n<!-- end -->\n\ntext 5 %\n<!-- made: b-2 -->\n<!-- end -->\n"
+
+
+def test_what_is_made_is_filled_between_the_pages_marks_and_nowhere_else(script):
+    filled = script("cross_validate").filled
+    once = filled(PAGE, {"b-2": "| x |\n| \\1 |", "a": "new"})
+    assert once == PAGE.replace("old", "new").replace("b-2 -->\n", "b-2 -->\n| x |\n| \\1 |\n")
+    assert filled(once, {"b-2": "", "a": "old"}) == PAGE.replace("b-2 -->\n", "b-2 -->\n\n")
+    for parts in ({"a": "new"}, {"a": "", "b-2": "", "c": ""}, {"a": "", "c": ""}):
+        with pytest.raises(ValueError, match="the page has marks"):
+            filled(PAGE, parts)

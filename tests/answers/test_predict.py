@@ -160,6 +160,14 @@ def test_a_zoo_model_is_captured(capsys):
         (["--gpu", "v100", "--batch", "8", "--input", "3,32"], "not CHANNELS,HEIGHT,WIDTH"),
         (["--gpu", "v100", "--batch", "8", "--input", "3,32,32"], "leave both out"),
         (["--cluster", "nowhere", "--batch", "8"], "unknown cluster 'nowhere'"),
+        (
+            ["--gpu", "a100", "--batch", "8", "--torch-version", "21.07"],
+            "torch_version is '21.07', expected a version of",
+        ),
+        (
+            ["--gpu", "a100", "--torch-version", "1.8"],
+            "torch_version is for steps that are predicted from the data sheet",
+        ),
         (["--gpu", "v100", "--batch", "eight"], "eight"),
     ],
 )
@@ -379,7 +387,9 @@ def test_the_parts_of_an_accumulated_step_on_several_gpus_add_up_to_it(tmp_path:
 
 def test_a_step_from_the_data_sheet_is_as_unsure_among_many_gpus_as_was_measured_there() -> None:
     """All-reduces of no time; `residuals.toml` has the ends of the interval in units of those of one GPU."""
-    one, four = (ptsim.predict(NETWORK, cluster=node(1e-12), gpus=gpus, batch=64) for gpus in (1, 4))
+    one, four = (
+        ptsim.predict(NETWORK, cluster=node(1e-12), gpus=gpus, batch=64, torch_version="2.8") for gpus in (1, 4)
+    )
     assert (one.tier, four.tier) == ("datasheet", "datasheet")
     many = load_intervals().many_gpus
     assert math.log(four.low / four.step_seconds) == pytest.approx(
@@ -399,3 +409,26 @@ def test_the_network_tier_is_the_worst_that_gradients_and_sharded_parameters_com
     known = msgspec.structs.replace(made, tables=(table,))
     tiers = [ptsim.predict(network, cluster=known, gpus=4, batch=8, sharding=s).network_tier for s in ("none", "zero1")]
     assert tiers == ["measured", "scaled"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "version", "note"),
+    [
+        ("a100", "1.9", "with PyTorch before 1.10 a step on a100-sxm4-40gb takes 14% longer than with later versions"),
+        ("a100", None, "took 14% longer, which the interval includes; --torch-version says which PyTorch is meant"),
+        ("a100", "2.8", None),
+        ("v100", "1.9", None),
+        ("v100", None, None),
+    ],
+)
+def test_a_prediction_says_what_it_takes_of_the_software(gpu, version, note) -> None:
+    notes = ptsim.predict(NETWORK, gpu=gpu, batch=64, torch_version=version).notes
+    assert len(notes) == (note is not None)
+    assert all(note in found for found in notes)
+
+
+def test_runs_are_of_a_version_that_ptsim_trains_with(tmp_path: Path) -> None:
+    """So their interval holds no young software, projected onto Ampere or not."""
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl"))
+    said = ptsim.predict(trace, gpu="a100-sxm4-80gb", batch=64, precision="tf32", torch_version="2.8")
+    assert ptsim.predict(trace, gpu="a100-sxm4-80gb", batch=64, precision="tf32") == said

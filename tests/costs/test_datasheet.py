@@ -23,17 +23,17 @@ from ptsim.costs.datasheet import (
     load_fit,
     load_intervals,
     uncertainty,
-    update_bytes,
     uses_tensor_cores,
     waiting_seconds,
 )
 from ptsim.costs.kernels import Kernel, Kernels, Pass, Work, convolution_kernels, network_kernels, product_kernels
+from ptsim.costs.software import update_bytes
 from ptsim.costs.step import step_time
 from ptsim.costs.tiers import Tier
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.catalog import device_names, load_device
 from ptsim.network import Parameter, Precision
-from ptsim.setting import StepSetting
+from ptsim.setting import OF_RUNS, StepSetting
 from tests.costs.test_kernels import convolution
 from tests.traces import NetworkBuilder, residual_network
 
@@ -284,8 +284,8 @@ def test_every_gpu_of_the_fit_gets_its_own_factor():
 
 
 def test_an_unknown_chip_gets_the_wider_interval():
-    known = datasheet_step(NETWORK, load_device("a100-pcie"), StepSetting(batch=32, precision=Precision.TF32))
-    unknown = datasheet_step(NETWORK, load_device("l4"), StepSetting(batch=32, precision=Precision.TF32))
+    setting = StepSetting(batch=32, torch_version=OF_RUNS)
+    known, unknown = (datasheet_step(NETWORK, load_device(name), setting) for name in ("a100-pcie", "l4"))
     assert known.high_s / known.low_s < unknown.high_s / unknown.low_s
 
 
@@ -329,9 +329,9 @@ def test_a_parameter_that_gets_no_gradient_takes_no_time_in_the_update():
 PLAIN = Efficiency(
     simt=0.5, tensor=0.8, wide=0.5, feed_bytes_per_clock=1e30, ramp=0.0, latency=0.0, winograd=3.0, input_gradient=0.5,
     weight_gradient=0.25, strided=0.2, product_bandwidth=0.5, stream_bandwidth=0.8, norm_bandwidth=0.4,
-    layout_bandwidth=0.25, pascal_bandwidth=0.5, depthwise_bandwidth=0.2, depthwise_rate=0.1, depthwise_base=6.0,
-    depthwise_halves=2.0, odd_groups=0.25, hiding=1.0, overlap=1.0, launch_s=0.0, product_s=0.0, cache=3.0,
-    throttle=0.5, boost=1.25,
+    layout_bandwidth=0.25, norm_block=1.5, pascal_bandwidth=0.5, depthwise_bandwidth=0.2, depthwise_rate=0.1,
+    depthwise_base=6.0, depthwise_halves=2.0, odd_groups=0.25, hiding=1.0, overlap=1.0, launch_s=0.0, product_s=0.0,
+    cache=3.0, throttle=0.5, boost=1.25,
 )  # fmt: skip
 CHIP = Chip(
     peak_flops_per_s=400e9, simt_flops_per_s=800e9, issue_flops_per_s=1e9, tensor=0.0, num_sms=4.0, clock_hz=1e9,
@@ -417,6 +417,9 @@ def test_the_multiplying_part_of_a_product_by_hand(changes, tiles):
         # as fast: 1.5 times in all.
         ({"work": Work.STREAM}, 1 / 0.8 / 1.5),
         ({"work": Work.NORM}, 1 / 0.4 / 1.5),
+        # Two blocks draw what three of the four SMs could, three blocks all.
+        ({"work": Work.NORM, "blocks": 2.0}, 1 / 0.4 / 1.5 * 4 / 3),
+        ({"work": Work.NORM, "blocks": 3.0}, 1 / 0.4 / 1.5),
         ({"work": Work.DEPTHWISE, "m": 0}, 1 / 0.2 / 1.5),
         ({"work": Work.STREAM, "footprint_bytes": 1e5}, 1 / 0.8 / 3),
         ({"work": Work.STREAM, "chip": {"pascal": 1.0}}, 1 / 0.8 / 1.5 / 0.5),

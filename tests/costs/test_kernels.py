@@ -124,6 +124,29 @@ def test_batch_norm_moves_eight_times_its_input():
     assert kernels.moved_bytes[kernels.work == Work.NORM].sum() == 8 * 4 * 3 * elements
 
 
+def test_batch_norm_of_contiguous_images_has_a_block_a_channel():
+    network = residual_network((16, 32, 64))
+    channels = [layer.out_channels for layer in network.layers if layer.kind is LayerKind.BATCH_NORM]
+
+    def blocks(memory_format):
+        setting = StepSetting(batch=3, memory_format=memory_format)
+        kernels = network_kernels(network, setting, tensor_cores=False)
+        assert np.isinf(kernels.blocks[kernels.work != Work.NORM]).all()
+        return kernels.blocks[kernels.work == Work.NORM]
+
+    assert sorted(blocks("contiguous")) == sorted(2 * channels)
+    assert np.isinf(blocks("channels_last")).all()
+
+
+def test_batch_norm_of_features_has_no_blocks_of_channels():
+    shape = ((64,), (64,))
+    layer = Layer(
+        name="norm", kind=LayerKind.BATCH_NORM, op="batch_norm", in_channels=64, out_channels=64,
+        input_shapes=shape[:1], output_shape=shape[1],
+    )  # fmt: skip
+    assert all(math.isinf(kernel.blocks) for kernel in layer_kernels(layer, 7, 4, 4, 4, planar=True))
+
+
 def test_work_grows_in_proportion_to_the_mini_batch():
     def moved(batch):
         return network_kernels(
