@@ -41,13 +41,18 @@ _MU = "\N{GREEK SMALL LETTER MU}"  # looks like the micro sign
 _QUANTITY = re.compile(r"\s*([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([^\s\d].*?)?\s*")
 
 
-def parse_quantity(text: str, dimension: Dimension) -> float:
+def parse_quantity(text: str, dimension: Dimension, *, also: Mapping[str, float] | None = None) -> float:
     """The value of `text` ("1555 GB/s", "200 Gbit/s", "1.3us") in the SI unit of `dimension`.
+
+    Args:
+        text: what was given.
+        dimension: what it is a quantity of.
+        also: further units that are taken here, and how much one of each is.
 
     Raises:
         ValueError: no number, no unit, or a unit of another dimension; the message lists the accepted units.
     """
-    units = _UNITS[dimension]
+    units = _UNITS[dimension] | dict(also or {})
     match = _QUANTITY.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a number with a unit")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from ptsim.answers.utilization import epochs_utilization
 from ptsim.costs.collectives import all_reduce, nodes_for
 from ptsim.costs.energy import PowerModel, PowerSample, fit_power, is_plausible, step_energy
 from ptsim.costs.measured import find_profile, measured_step, of_profile, recorded_step
@@ -56,6 +57,8 @@ class EpochCheck(msgspec.Struct, frozen=True, kw_only=True):
     low_seconds: float
     high_seconds: float
     error: float
+    measured_mfu_fraction: float | None
+    predicted_mfu_fraction: float | None
     measured_memory_bytes: int | None
     predicted_memory_bytes: int
     measured_energy_joules: float | None
@@ -82,6 +85,8 @@ class RunCheck(msgspec.Struct, frozen=True, kw_only=True):
     low_seconds: float
     high_seconds: float
     error: float
+    measured_mfu_fraction: float | None
+    predicted_mfu_fraction: float | None
     measured_reconfiguration_seconds: float
     predicted_reconfiguration_seconds: float
     measured_energy_joules: float | None
@@ -326,8 +331,8 @@ def check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | No
             step = among(step, cluster, epoch.world_size)
             parallel = communication[epoch.world_size].of(trace.network_of(epoch), step, epoch)
         epochs.append(_check_epoch(trace, epoch, step, pace, device, energy, parallel, epoch.epoch in wrapped))
-    measured_s = sum(epoch.measured_seconds for epoch in epochs)
-    predicted_s = sum(epoch.predicted_seconds for epoch in epochs)
+    measured, predicted = [e.measured_seconds for e in epochs], [e.predicted_seconds for e in epochs]
+    measured_s, predicted_s = sum(measured), sum(predicted)
     events_s = paid_s(trace)
     predicted_events_s = (pace.reconfiguration_s or 0.0) * len(measured_changes(trace))
     energies = [epoch.measured_energy_joules for epoch in epochs if epoch.measured_energy_joules is not None]
@@ -344,6 +349,8 @@ def check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | No
         low_seconds=sum(epoch.low_seconds for epoch in epochs) + predicted_events_s,
         high_seconds=sum(epoch.high_seconds for epoch in epochs) + predicted_events_s,
         error=(predicted_s + predicted_events_s) / (measured_s + events_s) - 1,
+        measured_mfu_fraction=epochs_utilization(trace, device, zip(trace.epochs, measured, strict=True)),
+        predicted_mfu_fraction=epochs_utilization(trace, device, zip(trace.epochs, predicted, strict=True)),
         measured_reconfiguration_seconds=events_s,
         predicted_reconfiguration_seconds=predicted_events_s,
         measured_energy_joules=sum(energies) if whole_energy else None,
@@ -429,6 +436,8 @@ def _check_epoch(
         low_seconds=n * took.low_s + beside_s,
         high_seconds=n * took.high_s + beside_s,
         error=predicted_s / epoch.time.wall_s - 1,
+        measured_mfu_fraction=epochs_utilization(trace, device, [(epoch, epoch.time.wall_s)]),
+        predicted_mfu_fraction=epochs_utilization(trace, device, [(epoch, predicted_s)]),
         measured_memory_bytes=epoch.peak_memory_bytes,
         predicted_memory_bytes=memory.peak_bytes,
         measured_energy_joules=epoch.device.energy_j if epoch.device else None,

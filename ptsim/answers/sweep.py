@@ -66,6 +66,7 @@ class _Result(_Stored):
     gpu_hours: NotNegative
     energy_joules: NotNegative | None
     cost_usd: NotNegative | None
+    mfu_fraction: NotNegative | None = None
 
 
 _STORED, _RESULT = msgspec.json.Decoder(_Stored), msgspec.json.Decoder(_Result)

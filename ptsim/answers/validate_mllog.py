@@ -26,6 +26,8 @@ class MllogCheck(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         low_seconds, high_seconds: 90 % interval of the predicted step.
         error: (predicted - measured) / measured time of a step.
+        measured_mfu_fraction, predicted_mfu_fraction: model FLOPs utilisation, of the same FLOPs in either time; None
+            where the device's peak for the precision is not known.
         inside: whether the interval holds what was measured.
         notes: what differs between the run and what is predicted.
     """
@@ -45,6 +47,8 @@ class MllogCheck(msgspec.Struct, frozen=True, kw_only=True):
     predicted_images_per_second: float
     measured_epoch_seconds: float
     error: float
+    measured_mfu_fraction: float | None
+    predicted_mfu_fraction: float | None
     inside: bool
     notes: tuple[str, ...]
 
@@ -82,7 +86,7 @@ def validate_mllog(
     trained = PredictOptions(memory_format=memory_format, optimizer=optimizer)
     batch = run.global_batch // count
     expected = predict(chosen, batch=batch, precision=precision, cluster=cluster, gpus=count, options=trained)
-    measured_s = run.step_seconds
+    measured_s, used = run.step_seconds, expected.mfu_fraction
     notes = [note for note in (run.note, _other_gpus(run, where)) if note]
     if run.optimizer not in (None, optimizer):
         notes.append(f"the run's optimizer is {run.optimizer}; the update of {optimizer} is predicted")
@@ -104,6 +108,8 @@ def validate_mllog(
         predicted_images_per_second=expected.images_per_second,
         measured_epoch_seconds=run.epoch_seconds,
         error=expected.step_seconds / measured_s - 1,
+        measured_mfu_fraction=None if used is None else used * expected.step_seconds / measured_s,
+        predicted_mfu_fraction=used,
         inside=expected.low <= measured_s <= expected.high,
         notes=(_SUBMISSIONS, *notes, *expected.notes),
     )

@@ -69,6 +69,11 @@ def users_code() -> Iterator[None]:
         yield
 
 
+def mfu_cell(fraction: float | None) -> str:
+    """Model FLOPs utilisation in a table: "43.2%", or a dash where it is not known."""
+    return "–" if fraction is None else f"{fraction:.1%}"
+
+
 def print_line(text: object) -> None:
     """Print a line of data on stdout."""
     print(escaped(str(text)))

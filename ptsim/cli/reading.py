@@ -115,12 +115,13 @@ def parse_bytes(name: str, text: str) -> int:
     Raises:
         UsageError: not a whole, non-negative number of bytes.
     """
-    number, unit = text.strip()[:-1], text.strip()[-1:].upper()
+    number, last = text.strip()[:-1], text.strip()[-1:]
+    if last.upper() in _NCCL_TESTS_UNITS:
+        given = number + last.upper()
+    else:
+        given = f"{text} B" if last.isdecimal() or last == "." else text
     try:
-        if unit in _NCCL_TESTS_UNITS:
-            size = parse_quantity(f"{number} B", "bytes") * _NCCL_TESTS_UNITS[unit]
-        else:
-            size = parse_quantity(f"{text} B" if unit.isdecimal() or unit == "." else text, "bytes")
+        size = parse_quantity(given, "bytes", also=_NCCL_TESTS_UNITS)
     except ValueError as error:
         raise UsageError(f"{name} {error}") from error
     if not 0 <= size < LARGEST_INTEGER or size != int(size):

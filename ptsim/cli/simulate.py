@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ptsim.cli.common import print_json, say, stdout_console
+from ptsim.cli.common import mfu_cell, print_json, say, stdout_console
 from ptsim.cli.options import Cluster, Json, LengthOptions, Profile, Settings, Traces
 from ptsim.cli.reading import check_output, parse_gpus, read_settings
 from ptsim.errors import UsageError
@@ -222,7 +222,7 @@ def _print_tables(projections: list[RunProjection]) -> None:
             resources.add_row(
                 f"{p.gpus:,}",
                 shown_number(None, p.gpu_hours),
-                "–" if p.mfu_fraction is None else f"{p.mfu_fraction:.1%}",
+                mfu_cell(p.mfu_fraction),
                 "–" if p.energy_j is None else format_joules(p.energy_j),
                 "–" if p.cost_usd is None else shown_number("usd", p.cost_usd),
                 format_bytes(p.allreduce_bytes_per_gpu),

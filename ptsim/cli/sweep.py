@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ptsim.answers.study import read_study
 from ptsim.answers.sweep import MANY, Progress, die_with_parent, forget, run_study
-from ptsim.cli.common import print_json, progress_console, say, stdout_console
+from ptsim.cli.common import mfu_cell, print_json, progress_console, say, stdout_console
 from ptsim.cli.options import Json
 from ptsim.errors import UsageError
 from ptsim.trace.io import trace_name
@@ -118,7 +118,7 @@ def _print_table(rows: list[dict[str, Any]], options: Collection[str]) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("what if", *(name.replace("_", " ") for name in options), "trace", "cluster"):
         table.add_column(column, overflow="fold")
-    for column in ("GPUs", "time", "90 % interval", "tier"):
+    for column in ("GPUs", "time", "90 % interval", "MFU", "tier"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows[:SHOWN]:
         table.add_row(
@@ -129,6 +129,7 @@ def _print_table(rows: list[dict[str, Any]], options: Collection[str]) -> None:
             f"{row['gpus']:,}",
             format_seconds(row["total_seconds"]),
             interval(format_seconds(row["low_seconds"]), format_seconds(row["high_seconds"])),
+            mfu_cell(row.get("mfu_fraction")),
             row["tier"],
         )
     console.print(table)

@@ -14,7 +14,7 @@ from ptsim.answers.repredict import EpochCheck, RunCheck
 from ptsim.answers.validate import Validation
 from ptsim.answers.validate import validate as compare
 from ptsim.answers.validate_mllog import MllogCheck, validate_mllog
-from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.common import mfu_cell, print_json, stdout_console
 from ptsim.cli.options import Json, Profile
 from ptsim.errors import UsageError
 from ptsim.network import MemoryFormat
@@ -115,6 +115,7 @@ def _validate_mllog(log: Path, options: MlPerfOptions, cluster: str | None, *, j
     table.add_row(
         "images/s", f"{check.measured_images_per_second:,.0f}", f"{check.predicted_images_per_second:,.0f}", "", ""
     )
+    table.add_row("MFU", mfu_cell(check.measured_mfu_fraction), mfu_cell(check.predicted_mfu_fraction), "", "")
     console.print(table)
     for note in check.notes:
         console.print(f"note: {note}")
@@ -125,13 +126,31 @@ def _ends(found: MllogCheck | EpochCheck | RunCheck) -> str:
     return interval(format_seconds(found.low_seconds), format_seconds(found.high_seconds))
 
 
+def _utilizations(found: EpochCheck | RunCheck) -> tuple[str, ...]:
+    """MFU as measured and as predicted; nothing where the device's peak is not known."""
+    if found.predicted_mfu_fraction is None:
+        return ()
+    return mfu_cell(found.measured_mfu_fraction), mfu_cell(found.predicted_mfu_fraction)
+
+
 def _run_table(run: RunCheck) -> Table:
     table = Table(
         title=f"{run.model} on {run.dataset}, {'dense' if run.dense else 'pruned'} ({run.trace})",
         box=SIMPLE_HEAD,
         title_justify="left",
     )
-    for name in ("epoch", "architecture", "measured", "predicted", "90 % interval", "error", "memory", "predicted"):
+    used = ("MFU", "predicted") if run.predicted_mfu_fraction is not None else ()
+    for name in (
+        "epoch",
+        "architecture",
+        "measured",
+        "predicted",
+        "90 % interval",
+        "error",
+        *used,
+        "memory",
+        "predicted",
+    ):
         table.add_column(name, justify="left" if name == "architecture" else "right")
     for epoch in run.epochs:
         memory = epoch.measured_memory_bytes
@@ -142,6 +161,7 @@ def _run_table(run: RunCheck) -> Table:
             format_seconds(epoch.predicted_seconds),
             _ends(epoch),
             f"{epoch.error:+.1%}",
+            *_utilizations(epoch),
             "–" if memory is None else format_bytes(memory),
             format_bytes(epoch.predicted_memory_bytes),
         )
@@ -153,6 +173,7 @@ def _run_table(run: RunCheck) -> Table:
         format_seconds(run.predicted_seconds),
         _ends(run),
         f"{run.error:+.1%}",
+        *_utilizations(run),
     )
     return table
 

@@ -444,6 +444,9 @@ class TestCommand:
         table = capsys.readouterr().out
         assert "bucket bytes" in table
         assert [table.count(f" {value} ") for value in (77777, 88888)] == [1, 1]
+        rows = [json.loads(line) for line in (tmp_path / "s.results.jsonl").read_text().splitlines()]
+        assert " MFU " in table
+        assert all(f" {row['mfu_fraction']:.1%} " in table for row in rows)
 
     @pytest.mark.slow
     def test_it_prints_rows_and_keeps_them(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

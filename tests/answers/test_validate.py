@@ -14,6 +14,7 @@ from ptsim.cli.main import run
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import PowerSample, fit_power
+from ptsim.costs.flops import layer_macs
 from ptsim.costs.measured import measured_step
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.times import LayerTime, StepTime
@@ -278,6 +279,46 @@ def test_the_command_prints_a_table_for_people(runs, capsys):
     out = capsys.readouterr().out
     assert "largest error of a whole run" in out
     assert "predicted from: own profiles" in out
+
+
+def test_flops_are_those_of_the_recorded_images_over_what_the_gpu_could_do_in_either_time(runs, capsys):
+    (check,) = validate([runs[0]]).runs
+    trace = ptsim.read_trace(runs[0])
+    peak = load_device(trace.run.device.name).peak_flops_per_s[trace.run.precision]
+    flops = []
+    for epoch, found in zip(trace.epochs, check.epochs, strict=True):
+        macs = sum(layer_macs(layer).training for layer in trace.network_of(epoch).layers)
+        flops.append(2 * macs * epoch.num_images)
+        assert found.measured_mfu_fraction == pytest.approx(flops[-1] / peak / epoch.time.wall_s)
+        assert found.predicted_mfu_fraction == pytest.approx(flops[-1] / peak / found.predicted_seconds)
+    steps_s = sum(epoch.time.wall_s for epoch in trace.epochs)
+    assert check.measured_mfu_fraction == pytest.approx(sum(flops) / peak / steps_s)
+    predicted_s = sum(epoch.predicted_seconds for epoch in check.epochs)
+    assert check.predicted_mfu_fraction == pytest.approx(sum(flops) / peak / predicted_s)
+    assert run(["validate", str(runs[0])]) == 0
+    assert " MFU " in capsys.readouterr().out
+
+
+def test_every_gpu_of_a_run_counts_for_its_flops(tmp_path: Path) -> None:
+    """Four times the images among four times the GPUs."""
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", epochs=2))
+    (alone,) = validate([trace]).runs
+    wide = in_epochs(trace, world_size=[4, 4], num_images=[4 * epoch.num_images for epoch in trace.epochs])
+    (among,) = validate([wide]).runs
+    assert among.measured_mfu_fraction == pytest.approx(alone.measured_mfu_fraction)
+    assert among.epochs[1].measured_mfu_fraction == pytest.approx(alone.epochs[1].measured_mfu_fraction)
+
+
+@pytest.mark.parametrize("device", ["NVIDIA X9000", CPU])
+def test_without_a_known_peak_no_flops_utilisation_is_said(tmp_path: Path, capsys, device) -> None:
+    path = dense_trace(tmp_path / "t.jsonl", epochs=2, device=device)
+    assert run(["validate", str(path)]) == 0
+    assert "MFU" not in capsys.readouterr().out
+    assert run(["validate", str(path), "--json"]) == 0
+    (check,) = json.loads(capsys.readouterr().out)["runs"]
+    for found in (check, *check["epochs"]):
+        assert found["measured_mfu_fraction"] is None
+        assert found["predicted_mfu_fraction"] is None
 
 
 def test_a_broken_profile_file_is_one_sentence(runs, tmp_path, capsys):

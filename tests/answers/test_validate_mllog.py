@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from ptsim.answers.predict import predict
 from ptsim.answers.validate_mllog import validate_mllog
 from ptsim.cli.main import run
+from ptsim.costs.flops import training_macs
 from ptsim.errors import FileFormatError, UsageError
 from ptsim.measure.mllog import read_mllog
 from ptsim.network import Network
@@ -39,6 +41,25 @@ def test_the_measured_step_stands_beside_the_prediction_of_the_same_cluster(tmp_
     assert check.predicted_step_seconds == expected.step_seconds
     assert check.error == pytest.approx(expected.step_seconds / 2.0 - 1)
     assert not check.inside
+
+
+def test_flops_utilisation_is_that_of_either_step(tmp_path: Path, network: Network) -> None:
+    check = validate_mllog(mllog(tmp_path / "log"), cluster="dgx-a100", model=network)
+    flops_per_s = 2 * training_macs(network, images=100) / 2.0
+    assert check.measured_mfu_fraction == pytest.approx(flops_per_s / 312e12)
+    assert check.predicted_mfu_fraction == pytest.approx(flops_per_s / 312e12 * 2.0 / check.predicted_step_seconds)
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_flops_utilisation_of_both_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["validate", "--mllog", str(mllog(tmp_path / "log")), "--cluster", "dgx-a100", "--model", "resnet20"]
+    assert run([*command, "--json"]) == 0
+    check = json.loads(capsys.readouterr().out)
+    assert run(command) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["MFU"]]
+    assert line.split()[1:] == [f"{check[f'{which}_mfu_fraction']:.1%}" for which in ("measured", "predicted")]
 
 
 def test_gradients_that_accumulate_are_noted_and_a_pass_does_not_tell_the_number_of_gpus(

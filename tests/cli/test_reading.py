@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptsim.cli.reading import read_settings
+from ptsim.cli.reading import parse_bytes, read_settings
 from ptsim.errors import UsageError
 
 
@@ -33,6 +33,20 @@ def test_a_value_is_toml_or_json_and_else_text(text, expected):
 def test_a_setting_without_an_equals_sign_is_refused(text):
     with pytest.raises(UsageError, match="is not name=value"):
         read_settings([text], {})
+
+
+@pytest.mark.parametrize(("text", "size"), [("128M", 2**27), ("128m", 2**27), ("3 k", 3072), ("1G", 2**30), ("9", 9)])
+def test_sizes_of_messages_are_read_as_nccl_tests_reads_them(text, size):
+    assert parse_bytes("--bytes", text) == size
+
+
+@pytest.mark.parametrize("text", ["1T", "1.5q", "12parsecs", "5MM"])
+def test_an_unknown_unit_of_a_message_is_refused_with_all_that_are_taken(text):
+    with pytest.raises(UsageError) as caught:
+        parse_bytes("--bytes", text)
+    named = str(caught.value).split("; one of ")[1].removesuffix(" is needed").split(", ")
+    assert {"B", "MB", "MiB", "TB", "K", "M", "G"} < set(named)
+    assert all(parse_bytes("--bytes", f"1{unit}") for unit in named)
 
 
 def test_parts_that_an_option_and_set_give_come_together():
