@@ -62,6 +62,8 @@ def test_every_gpu_that_people_ask_about_is_there(name):
         ("h200", 143_771),
         ("h200-nvl", 143_771),
         ("gh200", 97_871),
+        ("gh200-144gb", 146_831),
+        ("gb300", 284_208),
         ("b200", 183_359),
         ("gb200", 189_471),
         ("b300", 275_040),
@@ -82,7 +84,15 @@ def test_memory_is_the_drivers_within_two_percent(name, driver_mib):
 # What torch reports as total memory: GDDR with error correction has least beside its data sheet.
 @pytest.mark.parametrize(
     ("name", "torch_gib"),
-    [("a10", 21.99), ("a10g", 22.06), ("t4", 14.56), ("h100-nvl", 92.63), ("h20", 95.0), ("v100-sxm3", 31.74)],
+    [
+        ("a10", 21.99),
+        ("a10g", 22.06),
+        ("t4", 14.56),
+        ("h100-nvl", 92.63),
+        ("h20", 95.0),
+        ("v100-sxm3", 31.74),
+        ("gh200-144gb", 142.5),
+    ],
 )
 def test_what_a_process_may_use_is_what_torch_reports_within_two_percent(name, torch_gib):
     assert usable_bytes(load_device(name)) == pytest.approx(torch_gib * 2**30, rel=0.02)
@@ -129,6 +139,7 @@ TENSOR_CLOCK = {
     "h100-sxm5-80gb": 1830e6, "h200-sxm5-141gb": 1830e6, "gh200-96gb": 1830e6, "h100-pcie-80gb": 1620e6,
     "b200-sxm-180gb": 1856e6, "b300-sxm-270gb": 1856e6, "h200-nvl-141gb": 1545e6, "gb200-186gb": 2008e6,
     "h100-nvl-94gb": 1545e6, "h800-sxm5-80gb": 1830e6, "h800-pcie-80gb": 1620e6, "h20-96gb": 1830e6,
+    "gh200-144gb": 1830e6, "gb300-278gb": 2008e6,
 }  # fmt: skip
 # A quarter of the H100's; Ada's.
 PER_SM = dict.fromkeys(("h20-96gb", "rtx-pro-6000-blackwell", "rtx-pro-6000-blackwell-server"), 1024)
@@ -164,7 +175,8 @@ MEMORY = {
     "rtx-a4500": (320, 16e9), "rtx-4060": (128, 17e9), "rtx-4060-ti": (128, 18e9), "rtx-4070-ti-super": (256, 21e9),
     "rtx-4090-d": (384, 21e9), "rtx-5070": (192, 28e9), "rtx-5070-ti": (256, 28e9), "rtx-4000-ada": (160, 18e9),
     "rtx-4500-ada": (192, 18e9), "rtx-5000-ada": (256, 18e9), "rtx-pro-6000-blackwell": (512, 28e9),
-    "rtx-pro-6000-blackwell-server": (512, 2 * 12.481e9),
+    "rtx-pro-6000-blackwell-server": (512, 2 * 12.481e9), "gh200-144gb": (6144, 2 * 3.201e9),
+    "gb300-278gb": (8192, 7.8125e9),
 }  # fmt: skip
 
 
@@ -282,6 +294,8 @@ NAMED = {
     "NVIDIA GeForce RTX 4070 SUPER": "rtx-4070-super", "NVIDIA GeForce RTX 4090 D": "rtx-4090-d",
     "NVIDIA GeForce RTX 5070 Ti": "rtx-5070-ti", "NVIDIA-A100-SXM4-80GB": "a100-sxm4-80gb",
     "NVIDIA-H100-80GB-HBM3": "h100-sxm5-80gb", "Tesla-V100-SXM2-16GB": "v100-sxm2-16gb", "RTX3090": "rtx-3090",
+    "NVIDIA GH200 144G HBM3e": "gh200-144gb", "NVIDIA-GH200-144G-HBM3e": "gh200-144gb", "NVIDIA GB300": "gb300-278gb",
+    "Tesla V100-DGXS-32GB": "v100-sxm2-32gb", "Tesla-V100-DGXS-16GB": "v100-sxm2-16gb",
     "H100 SXM": "h100-sxm5-80gb", "A100 80GB": "a100-sxm4-80gb", "nvidia geforce rtx 3090": "rtx-3090",
 }  # fmt: skip
 
@@ -308,7 +322,7 @@ def test_a_name_as_drivers_kubernetes_and_people_write_it_means_its_device(print
         ("NVIDIA A10-24Q", "a10"),
         ("NVIDIA GeForce GTX 1060 3GB", "gtx-1060-6gb"),
         ("NVIDIA GeForce RTX 5090 D", "rtx-5090"),
-        ("NVIDIA GH200 144G HBM3e", "gh200-96gb"),
+        ("NVIDIA H100 96GB HBM3", "h100-sxm5-80gb"),
     ],
 )
 def test_another_device_of_a_like_name_is_refused_with_the_nearest(printed, nearest):
