@@ -208,8 +208,8 @@ def _network(case: Case) -> str:
     return case.model.removesuffix("_bn")
 
 
-def made(rows: pd.DataFrame, many: pd.DataFrame, later: pd.DataFrame, young: pd.DataFrame) -> dict[str, str]:
-    """What the page has between its marks, by name: of rows of one GPU, of many, of later ones, of young software."""
+def made(rows: pd.DataFrame, many: pd.DataFrame, later: pd.DataFrame) -> dict[str, str]:
+    """What the page has between its marks, by name: of rows of one GPU, of many, of later ones, and of others."""
     alone = rows[rows.way == "gpu"]
     counts = f"{len(alone)} rows, {rows.device.nunique()} GPUs, {rows.model.nunique()} networks."
     return {
@@ -220,7 +220,8 @@ def made(rows: pd.DataFrame, many: pd.DataFrame, later: pd.DataFrame, young: pd.
         "many-gpus": _markdown(many_gpus.summary(many)),
         "correlation": f"ρ is {many_gpus.alike(many):.2f}.",
         "by-source": _markdown(many_gpus.by_source(many)),
-        "young": _markdown(young),
+        "young": _markdown(many_gpus.young()),
+        "networks": _markdown(many_gpus.networks_added()),
         "later-by-source": _markdown(many_gpus.by_source(later).drop(columns="left out")),
         "later-by-network": _markdown(many_gpus.by_network(later)),
         "later": f"{many_gpus.overall(later)}.",
@@ -249,7 +250,7 @@ def main() -> None:
     ship(intervals(rows, many_gpus.interval(many)))
     for table in (summary(rows), many_gpus.summary(many), by_device(rows), by_network(rows)):
         print(table.to_string(index=False))
-    parts = made(rows, many, many_gpus.later(), many_gpus.young())
+    parts = made(rows, many, many_gpus.later())
     write_whole(PAGE, filled(PAGE.read_text(encoding="utf-8"), parts))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from fit_efficiency import Problem, evidence
 from fit_scaling import Case as ManyCase
-from fit_scaling import cases, cluster_of
+from fit_scaling import cases, cluster_of, controls, network_cases
 from fit_scaling import fit as fit_scaling
 from public_rows import (
     Case,
@@ -20,6 +20,7 @@ from public_rows import (
     layer_cases,
     many_table,
     network_name,
+    network_table,
     networks,
     setting_of,
     training_table,
@@ -42,7 +43,7 @@ def leave_out(training: list[Case], layers: list[Case]) -> pd.DataFrame:
     tells = np.array([case.tells for case in training])
     start = problem.solve(problem.weights(np.ones(len(training), np.bool_), np.ones(len(layers), np.bool_)))
     jacobian = problem.jacobian(start)
-    shipped = cases()
+    shipped, besides = cases(), controls()
     found = []
     for way, keys in {"GPU": table.device.map(chips), "source": table.source}.items():
         for group in sorted(keys.unique()):
@@ -55,7 +56,7 @@ def leave_out(training: list[Case], layers: list[Case]) -> pd.DataFrame:
             fitted = problem.fitted(problem.solve(weights, start, jacobian), weights)
             known = sorted({case.device for case, keep in zip(training, kept & tells, strict=True) if keep})
             own = (keys == group).to_numpy()
-            scaling = fit_scaling([case for case, out in zip(shipped, own, strict=True) if not out])
+            scaling = fit_scaling([*(case for case, out in zip(shipped, own, strict=True) if not out), *besides])
             mine = cases(fitted.shipped(known), table[own])
             found += [_line(way, group, case, scaling) for case in mine]
     rows = pd.DataFrame(found)
@@ -125,6 +126,28 @@ def later() -> pd.DataFrame:
     found = pd.DataFrame([_line("later", case.source, case, load_scaling()) for case in cases(table=table)])
     inside = _holds(load_intervals().many_gpus, _scaled(found))
     return found.assign(model=table.model, precision=table.precision, inside=inside)
+
+
+def networks_added() -> pd.DataFrame:
+    """What networks add to a step of one GPU, measured and as ptsim has it, in % of that step as it was measured."""
+    table, scaling = network_table(), load_scaling()
+    lines = []
+    for row, case in zip(table.itertuples(), network_cases(table), strict=True):
+        assert case.alone_s is not None, "every row of that table has one"
+        predicted_s = case.predict(scaling, as_alone=True)
+        lines.append(
+            {
+                "source": row.source.rpartition("/")[2],
+                "network": row.network,
+                "reduction": row.reduction,
+                "model": row.model,
+                "GPUs": row.num_gpus,
+                "added %": round(100 * (case.seconds / case.alone_s - 1), 1),
+                "predicted %": round(100 * (predicted_s / case.alone_s - 1), 1),
+                "step longer than predicted %": round(100 * (case.seconds / predicted_s - 1), 1),
+            }
+        )
+    return pd.DataFrame(lines)
 
 
 def young() -> pd.DataFrame:
@@ -234,7 +257,7 @@ def main() -> None:
     """Print the tables."""
     training, layers = evidence(), layer_cases()
     found, since = leave_out(training, layers), later()
-    for table in (summary(found), by_source(found), by_source(since), since, young()):
+    for table in (summary(found), by_source(found), by_source(since), since, young(), networks_added()):
         print(table.to_string(index=False))
 
 

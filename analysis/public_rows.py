@@ -94,6 +94,15 @@ def many_table(name: str = "training_many") -> pd.DataFrame:
     return pd.read_csv(PUBLIC / f"{name}.csv")
 
 
+def network_table() -> pd.DataFrame:
+    """Published rows that say what a network adds to a step of one GPU which the source does not name.
+
+    `device` is a board that it may be. `reduction`: "BSP" is one all-reduce after the backward pass; the others merge
+    gradients, much as DDP's buckets do.
+    """
+    return pd.read_csv(PUBLIC / "training_network.csv")
+
+
 def alone_table() -> pd.DataFrame:
     """What the tests of many GPUs say of one GPU that `training_table` does not have, in its columns.
 

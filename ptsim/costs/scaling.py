@@ -1,15 +1,15 @@
 """What does data parallelism cost a step besides the all-reduces themselves, and how sure is a step of many GPUs?
 
-Three things, all fitted on published trainings with one GPU and with many in the same test (`analysis/fit_scaling.py`):
+All fitted on published trainings with one GPU and with many in the same test (`analysis/fit_scaling.py`):
 
-* A GPU among others computes a little more slowly than alone, however many they are.
+* A GPU among others computes a little more slowly than alone, however many they are in a node; and every doubling of
+  the nodes makes a step a little longer, since it waits for the slowest of them.
 * Every gradient tensor has a hook that copies it into its bucket, and its buffers are broadcast: work per tensor, for
   which the GPU waits or which it does itself. It does not depend on how many GPUs there are.
-* Over PCIe, and between nodes over RDMA, an all-reduce and the computation beside it hold each other up so much that
-  nothing is gained by overlap.
+* Over PCIe an all-reduce and the computation beside it hold each other up so much that nothing is gained by overlap.
 
-That the slowest of n GPUs decides (their speeds would differ at random) was tried beside the last two and found to
-explain nothing: the fit gives it a spread of 0.05 % per GPU.
+That the slowest of n GPUs of one node decides (their speeds would differ at random) was tried and found to explain
+nothing: the fit gives it a spread of 0.05 % per GPU.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     Attributes:
         tensor_s: seconds of every gradient tensor in a step on more than one GPU.
         slowdown: by which share the computation of a GPU among others takes longer than alone.
+        straggle: by which share more for every doubling of the nodes.
         contention: by which fraction computation and communication each take longer while they overlap, by the link
             that carries the communication; `other` where nothing was fitted.
         low, high: ends of the 90 % interval of ln(measured / predicted) of a step on many GPUs whose step on one GPU is
@@ -41,6 +42,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     tensor_s: float
     slowdown: float
+    straggle: float
     contention: dict[str, float]
     low: float
     high: float
@@ -72,27 +74,34 @@ def contention_of(cluster: Cluster, num_gpus: int, scaling: Scaling | None = Non
     return known.get(link.kind, known["other"]) if link.kind is not LinkKind.MEASURED else known["other"]
 
 
-def slowdown(cluster: Cluster, num_gpus: int) -> float:
-    """By which share the computation of one of these GPUs takes longer than alone."""
-    return load_scaling().slowdown if _scales(cluster, num_gpus) else 0.0
+def slowdown(cluster: Cluster, num_gpus: int, scaling: Scaling | None = None) -> float:
+    """By which share the computation of one of these GPUs takes longer than alone.
+
+    `scaling` stands in for what ptsim ships.
+    """
+    if not _scales(cluster, num_gpus):
+        return 0.0
+    fitted = scaling or load_scaling()
+    return fitted.slowdown + fitted.straggle * math.log2(nodes_for(cluster, num_gpus))
 
 
 def slowed(step: StepTime, num_gpus: int, *, on_gpus: bool) -> StepTime:
-    """The step of one GPU as one of several computes it; on CPUs, and if recorded among others, as it was measured."""
+    """The step of one GPU as one of several in a node computes it; on CPUs, and if recorded so, as it was measured."""
     if not on_gpus or num_gpus == 1 or step.data_parallel:
         return step
     return step.scaled(1 + load_scaling().slowdown)
 
 
 def among(step: StepTime, cluster: Cluster, num_gpus: int) -> StepTime:
-    """The step of one GPU as part of a step of `num_gpus`: `slowed`, and with the interval that it has there.
+    """The step of one GPU as part of a step of `num_gpus`: longer by `slowdown`, and with the interval of such steps.
 
     On many GPUs a step from the data sheet has residuals of its own, which hold what the others add to it. Every other
     interval stays as wide relative to the step as it is: `widened` adds what many GPUs add.
     """
     if not _scales(cluster, num_gpus):
         return step
-    step = slowed(step, num_gpus, on_gpus=True)
+    if not step.data_parallel:
+        step = step.scaled(1 + slowdown(cluster, num_gpus))
     if step.tier != Tier.DATASHEET or min(step.low_s, step.compute_s) <= 0:
         return step
     many, expected_s = load_intervals().many_gpus, step.compute_s

@@ -65,8 +65,8 @@ def software_note(device: Device, version: TorchVersion | None, young_share: flo
         return f"with PyTorch before {grown} a step on {device.name} takes {longer} than with later versions"
     if may_be_young(device, version):
         return (
-            f"with PyTorch before {grown} a step on {device.name} took {longer}, which the interval includes; "
-            "--torch-version says which PyTorch is meant"
+            f"with PyTorch before {grown} a step on {device.name} took {longer}, which the interval includes, since no "
+            "version of PyTorch was given"
         )
     return None
 

@@ -177,9 +177,10 @@ def _option_rows(projector: Projector) -> Iterator[Row]:
     if cluster.library == "nccl":
         fitted = load_scaling()
         slower, hook = f"computation {100 * fitted.slowdown:.1f} % longer", format_seconds(fitted.tensor_s)
+        nodes = f"and {100 * fitted.straggle:.1f} % more for every doubling of the nodes"
         yield _row(
             "on several GPUs",
-            f"{slower}, and {hook} per gradient tensor",
+            f"{slower}, {nodes}; {hook} per gradient tensor",
             "fitted on published steps of one GPU and of several (docs/cross_validation.md); a device profile that was "
             "recorded on one of several GPUs (ptsim import kineto) has it already",
         )
@@ -200,9 +201,7 @@ def _contention() -> str:
     return ", ".join(f"{where} by {100 * fitted[kind]:.0f} %" for kind, where in links.items())
 
 
-_LINKS: dict[str, str] = {
-    LinkKind.PCIE: "PCIe", LinkKind.INFINIBAND: "InfiniBand", LinkKind.EFA: "EFA", LinkKind.TCP: "TCP"
-}  # fmt: skip
+_LINKS: dict[str, str] = {LinkKind.PCIE: "PCIe", LinkKind.TCP: "TCP"}
 
 
 def _input_row(options: Options, cluster: Cluster) -> Row:

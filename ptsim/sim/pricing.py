@@ -265,8 +265,8 @@ class Pricer:
             return step_time(stage.network, device, setting, measurements=measurements)
 
         cluster, num_gpus = scenario.cluster, scenario.num_gpus
-        return scenario.cache.get(  # it is the same among however many others
-            ("among", num_gpus > 1, cluster.library, *key),
+        return scenario.cache.get(  # it is the same among however many others on as many nodes
+            ("among", num_gpus > 1, cluster.library, slowdown(cluster, num_gpus), *key),
             lambda: among(scenario.cache.get(key, alone), cluster, num_gpus),
         )
 

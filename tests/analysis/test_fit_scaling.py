@@ -11,6 +11,10 @@ from types import ModuleType
 import msgspec
 import pytest
 
+from ptsim.costs.collectives import all_reduce, nodes_for
+from ptsim.costs.scaling import Scaling
+from ptsim.hardware.spec import LinkKind
+
 ANALYSIS = Path(__file__).parents[2] / "analysis"
 
 
@@ -28,8 +32,8 @@ def test_the_fit_finds_the_constants_that_made_the_times(fit_scaling: ModuleType
     table = fit_scaling.many_table()
     table = table[table.alone_images_per_s.notna()]
     some = table.groupby(["source", "device", "num_gpus", "model", "precision"], sort=False).head(1)
-    links = {"pcie": 0.6, "infiniband": 0.7, "efa": 0.7, "tcp": 0.05, "other": 0.2}
-    made = fit_scaling.Scaling(tensor_s=80e-6, slowdown=0.02, contention=links, low=0.0, high=0.0)
+    links = {"pcie": 0.6, "tcp": 0.05, "other": 0.2}
+    made = Scaling(tensor_s=80e-6, slowdown=0.02, straggle=0.03, contention=links, low=0.0, high=0.0)
     cases = [
         msgspec.structs.replace(case, seconds=case.predict(made, as_alone=True))
         for case in fit_scaling.cases(table=some)
@@ -37,6 +41,7 @@ def test_the_fit_finds_the_constants_that_made_the_times(fit_scaling: ModuleType
     found = fit_scaling.fit(cases)
     assert found.tensor_s == pytest.approx(80e-6, rel=0.05)
     assert found.slowdown == pytest.approx(0.02, rel=0.1)
+    assert found.straggle == pytest.approx(0.03, rel=0.1)
     assert found.contention == pytest.approx(links, rel=0.1)
 
 
@@ -78,7 +83,12 @@ def test_what_a_test_of_many_gpus_says_of_one_is_taken_once(fit_scaling: ModuleT
 def test_a_row_without_one_gpu_is_deduced_by_what_the_others_add(fit_scaling: ModuleType) -> None:
     """Times that were made by known constants give back the step on one GPU."""
     made = fit_scaling.Scaling(
-        tensor_s=40e-6, slowdown=0.02, contention={"pcie": 1.0, "tcp": 0.05, "other": 0.2}, low=0.0, high=0.0
+        tensor_s=40e-6,
+        slowdown=0.02,
+        straggle=0.01,
+        contention={"pcie": 1.0, "tcp": 0.05, "other": 0.2},
+        low=0.0,
+        high=0.0,
     )
     deduced = fit_scaling.deduced_rows(made)
     table = fit_scaling.many_table().loc[deduced.index]
@@ -97,3 +107,35 @@ def test_a_row_may_say_how_many_gpus_its_nodes_have(fit_scaling: ModuleType) -> 
     csc = table[table.gpus_per_node.notna()]
     assert {fit_scaling.cluster_of(row).gpus_per_node for _, row in csc.iterrows()} == {4}
     assert {fit_scaling.cluster_of(row).inter.bandwidth_bytes_per_s for _, row in csc.iterrows()} == {25e9}
+
+
+def test_rows_of_unnamed_gpus_say_what_a_network_adds(fit_scaling: ModuleType) -> None:
+    """The step of one GPU is as it was measured; without overlap all of the communication comes on top."""
+    table = fit_scaling.network_table()
+    found = fit_scaling.network_cases(table)
+    nothing = Scaling(tensor_s=0.0, slowdown=0.0, straggle=0.0, contention={"other": 0.0}, low=0.0, high=0.0)
+    for row, case in zip(table.itertuples(), found, strict=True):
+        assert case.device == fit_scaling.UNNAMED
+        assert case.alone_s == pytest.approx(64 / row.alone_images_per_s)
+        assert case.seconds == pytest.approx(64 * row.num_gpus / row.images_per_s)
+        link = case.cluster.intra if row.link == "pcie" else case.cluster.inter
+        assert link.kind == row.link
+        assert (nodes_for(case.cluster, case.num_gpus) > 1) == (row.link != "pcie")
+        if row.link != "pcie":
+            assert link.bandwidth_bytes_per_s == pytest.approx(row.gbit_per_s * 1e9 / 8)
+        if row.reduction == "BSP":
+            gradients = all_reduce(4 * 25_557_032, case.cluster, case.num_gpus).seconds
+            buffers_s = case.predict(nothing, as_alone=True) - case.alone_s - gradients
+            assert 0 < buffers_s < 0.002
+    taken = fit_scaling.controls()
+    assert len(taken) == 6
+    assert {case.cluster.inter.kind for case in taken} == {LinkKind.INFINIBAND}
+
+
+def test_every_doubling_of_the_nodes_makes_a_step_longer(fit_scaling: ModuleType) -> None:
+    table = fit_scaling.network_table().query("link == 'infiniband' and reduction == 'BSP'")
+    constants = {"tensor_s": 0.0, "slowdown": 0.25, "contention": {"other": 0.0}, "low": 0.0, "high": 0.0}
+    for case in fit_scaling.network_cases(table):
+        plain, slower = (case.predict(Scaling(**constants, straggle=share), as_alone=True) for share in (0.0, 0.125))
+        doublings = {8: 1, 16: 2, 32: 3}[case.num_gpus]
+        assert slower - plain == pytest.approx(0.125 * doublings * case.alone_s)

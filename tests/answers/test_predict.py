@@ -415,7 +415,7 @@ def test_the_network_tier_is_the_worst_that_gradients_and_sharded_parameters_com
     ("gpu", "version", "note"),
     [
         ("a100", "1.9", "with PyTorch before 1.10 a step on a100-sxm4-40gb takes 14% longer than with later versions"),
-        ("a100", None, "took 14% longer, which the interval includes; --torch-version says which PyTorch is meant"),
+        ("a100", None, "took 14% longer, which the interval includes, since no version of PyTorch was given"),
         ("a100", "2.8", None),
         ("v100", "1.9", None),
         ("v100", None, None),

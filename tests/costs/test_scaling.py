@@ -29,8 +29,8 @@ def test_overlap_gains_nothing_over_pcie_and_the_network_decides_between_nodes()
     assert contention_of(load_cluster("rtx-3090-x8"), 8) == 1.0
     assert contention_of(load_cluster("rtx-3090-x8"), 16) == load_scaling().contention["tcp"]
     assert contention_of(load_cluster("dgx-a100"), 8) == load_scaling().contention["other"]
-    assert contention_of(load_cluster("dgx-a100"), 16) == load_scaling().contention["infiniband"]
-    assert contention_of(load_cluster("aws-p4d-24xlarge"), 16) == load_scaling().contention["efa"]
+    assert contention_of(load_cluster("dgx-a100"), 16) == load_scaling().contention["other"]
+    assert contention_of(load_cluster("aws-p4d-24xlarge"), 16) == load_scaling().contention["other"]
 
 
 def test_the_interval_of_a_measured_step_gets_the_spread_of_many_gpus_by_squares(
@@ -83,7 +83,15 @@ def test_a_gpu_among_others_is_slower_in_all_that_it_computes_unless_it_was_reco
             dict.fromkeys(parts, 1 + share)
         )
         assert (slow.low_s / 3, slow.high_s / 5) == pytest.approx((1 + share, 1 + share))
+    cluster, more = load_cluster("dgx-a100"), load_scaling().straggle
+    assert more > 0
+    for num_gpus, doublings in ((2, 0), (8, 0), (16, 1), (24, math.log2(3)), (64, 3)):
+        assert slowdown(cluster, num_gpus) == pytest.approx(share + doublings * more)
+        assert among(step, cluster, num_gpus).compute_s == pytest.approx(
+            (1 + share + doublings * more) * step.compute_s
+        )
     recorded = msgspec.structs.replace(step, data_parallel=True)
+    assert among(recorded, cluster, 64) == recorded
     assert slowed(recorded, 8, on_gpus=True) == recorded
     assert slowed(step, 1, on_gpus=True) == slowed(step, 8, on_gpus=False) == step
     cpus = msgspec.structs.replace(load_cluster("dgx-a100"), library="gloo")
