@@ -43,9 +43,6 @@ ODD = (
     "t4_efa",
     "v100pcie_guide",
 )
-# Sockets reach the line of 10 Gbit/s Ethernet (the test without overlap in training_network.csv); frames take 5 %. The
-# rows of the fit are of 100 Gbit/s, where the cap decides, so the fit leaves it here.
-TCP_EFFICIENCY = 0.95
 # Where every fit starts, whatever is left out: a hop and a call take twice what NCCL's table says.
 START = nccl.NcclFit(
     base_scale=dict.fromkeys(nccl.PROTOCOLS, 2.0),
@@ -57,7 +54,7 @@ START = nccl.NcclFit(
     kinds={
         kind: nccl.KindFit(
             latency_scale=2.0,
-            efficiency=TCP_EFFICIENCY if kind is LinkKind.TCP else 0.8,
+            efficiency=0.8,
             share={"LL": 0.25, "LL128": 0.6, "Simple": 1.0},
             cap_bytes_per_s=5e9 if kind is LinkKind.TCP else np.inf,
         )

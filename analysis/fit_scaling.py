@@ -3,9 +3,8 @@
     python analysis/fit_scaling.py            # --no-cross-validation skips the intervals
 
 Rows are published trainings with several GPUs whose test also has the same with one. The step's computation is scaled
-to that one GPU's time, so that only what the other GPUs add is fitted: shares of the step, seconds per gradient
-tensor, and how much computation and communication hold each other up over PCIe and over RDMA networks. Every pair of
-source and GPU weighs the same. The interval is of the residuals of sources and GPUs left out.
+to that one GPU's time, so that only what the other GPUs add is fitted: shares of the step, and seconds per gradient
+tensor. Every pair of source and GPU weighs the same. The interval is of the residuals of sources and GPUs left out.
 """
 
 from __future__ import annotations
@@ -50,13 +49,13 @@ PCIE_BYTES_PER_S = {
 GPUS_PER_NODE = 8  # of a machine whose GPUs are on PCIe slots
 ROW_SD = 0.02  # of ln(time) of a row
 # Proteus's data-parallel CNNs use 0.3, other simulators 0.1 to 0.3. NVLink's share of a step is too small to fit it.
-# For RDMA the fit would go to 0 with the rows of ddl-benchmarks, and to 1 without them.
+# Over PCIe Lambda's rows ask for 1 and those of ddl-benchmarks for 0; over InfiniBand the latter for 0, others for 1.
 OTHER_CONTENTION = 0.2
 # RaySGD's ResNet-50 on p3.16xlarge: in fp32, 16 to 64 GPUs take 5 to 14 ms longer than 8, while
 # some 190 ms of communication over TCP run beside the computation. In half precision the same communication shows.
 TCP_CONTENTION = 0.05
 # Where the fit starts.
-TENSOR_S, PCIE_CONTENTION, SLOWDOWN, STRAGGLE = 50e-6, 0.5, 0.02, 0.01
+TENSOR_S, SLOWDOWN, STRAGGLE = 50e-6, 0.02, 0.01
 UNNAMED = "unnamed"  # a GPU that a source does not name
 CONTROLS = "https://github.com/HKBU-HPML/ddl-benchmarks"  # TCP and RDMA on the same machines
 ALL_BYTES = 2**40  # no bucket is larger
@@ -189,7 +188,7 @@ def fit(known: Sequence[Case]) -> Scaling:
         errors = [np.log(case.seconds / case.predict(scaling, as_alone=True)) for case in known]
         return weights * np.array(errors) / ROW_SD
 
-    start, most = np.array([TENSOR_S * 1e6, PCIE_CONTENTION, SLOWDOWN, STRAGGLE]), [500, 1, 1, 1]
+    start, most = np.array([TENSOR_S * 1e6, SLOWDOWN, STRAGGLE]), [500, 1, 1]
     best = least_squares(residuals, start, bounds=(0, most), loss="soft_l1", diff_step=1e-2, xtol=1e-3)
     return _scaling(best.x)
 
@@ -263,12 +262,8 @@ def main() -> None:
 
 
 def _scaling(x: np.ndarray) -> Scaling:
-    contention = {
-        str(LinkKind.PCIE): float(x[1]),
-        str(LinkKind.TCP): TCP_CONTENTION,
-        "other": OTHER_CONTENTION,
-    }
-    shares = {"slowdown": float(x[2]), "straggle": float(x[3])}
+    contention = {str(LinkKind.TCP): TCP_CONTENTION, "other": OTHER_CONTENTION}
+    shares = {"slowdown": float(x[1]), "straggle": float(x[2])}
     return Scaling(tensor_s=float(x[0]) * 1e-6, **shares, contention=contention, low=0.0, high=0.0)
 
 

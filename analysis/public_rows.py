@@ -177,7 +177,9 @@ def cases_of(table: pd.DataFrame) -> list[Case]:
             Case(
                 kernels=kernels,
                 chip=chip_of(device, precision),
-                update=update_of(network, setting) if row.with_optimizer else _without_optimizer(network, setting),
+                update=update_of(network, setting)
+                if row.with_optimizer
+                else zeroing_of(network, setting.torch_version),
                 num_zeroed=len(network.gradients) if zeroed else 0,
                 extra_s=4 * images / PAGEABLE_BYTES_PER_S if row.host_copy else 0.0,
                 seconds=row.batch / row.images_per_s,
@@ -212,10 +214,6 @@ def layer_cases() -> list[Case]:
         )
         cases.append(_layer_case(kernel, row, row.device, Precision.FP32))
     return cases
-
-
-def _without_optimizer(network: Network, setting: StepSetting) -> Update:
-    return Update() if groups_updates(setting.torch_version) else zeroing_of(network)
 
 
 def is_depthwise(case: Case) -> bool:

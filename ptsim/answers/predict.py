@@ -64,6 +64,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         energy_joules: of one step on all GPUs; None for a CPU.
         hook_seconds: of the gradients' hooks and copies into buckets; 0 on one GPU, and where the profile is of one of
             several GPUs, whose backward pass holds them.
+        torch_version: the version of PyTorch that was asked for; None for today's.
         notes: what makes the numbers doubtful: a profile that was not measured on a quiet machine.
     """
 
@@ -99,6 +100,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     high_energy_joules: float | None
     by_kind: tuple[KindTime, ...]
     hook_seconds: float = 0.0
+    torch_version: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -195,7 +197,8 @@ def predict(
         notes = (*notes, note)
     if subject.trace is not None and subject.trace.compiled_note is not None:
         notes = (*notes, subject.trace.compiled_note)
-    return _prediction(subject.network, device, machine, setting, step, parallel, network_tier, notes)
+    made = _prediction(subject.network, device, machine, setting, step, parallel, network_tier, notes)
+    return made if version is None else msgspec.structs.replace(made, torch_version=str(version))
 
 
 def _data_parallel(

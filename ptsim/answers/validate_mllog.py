@@ -61,6 +61,7 @@ def validate_mllog(
     gpus: int | None = None,
     precision: PrecisionName = "amp",
     memory_format: MemoryFormat = "channels_last",
+    torch_version: str | None = None,
 ) -> MllogCheck:
     """The prediction of a step beside the one that the log measured.
 
@@ -72,6 +73,7 @@ def validate_mllog(
             else the nodes of the log's platform ("4xDGX A100") times the cluster's GPUs per node.
         precision: of the products; submissions train in half precision.
         memory_format: of the activations.
+        torch_version: of the PyTorch that is predicted; today's if None (`PredictOptions`).
 
     Raises:
         PtsimError: a broken log, an unknown benchmark or cluster, a number of GPUs that does not divide the mini-batch,
@@ -83,7 +85,7 @@ def validate_mllog(
     count = _num_gpus(run, path, where, gpus)
     run = of_all_gpus(run, count)
     optimizer = run.optimizer if run.optimizer in OPTIMIZERS else "sgd"
-    trained = PredictOptions(memory_format=memory_format, optimizer=optimizer)
+    trained = PredictOptions(memory_format=memory_format, optimizer=optimizer, torch_version=torch_version)
     batch = run.global_batch // count
     expected = predict(chosen, batch=batch, precision=precision, cluster=cluster, gpus=count, options=trained)
     measured_s, used = run.step_seconds, expected.mfu_fraction

@@ -38,6 +38,8 @@ class MlPerfOptions:
     """Number format of the MLPerf run's products."""
     memory_format: MemoryFormat = "channels_last"
     """Layout of the MLPerf run's activations."""
+    torch_version: str | None = None
+    """The PyTorch that is predicted, such as 1.8. Default: today's."""
 
 
 def validate(
@@ -73,7 +75,9 @@ def validate(
         _validate_mllog(mlperf.mllog, mlperf, cluster, json=json)
         return
     if mlperf != MlPerfOptions():
-        raise UsageError("--model, --gpus, --precision and --memory-format have no effect without --mllog")
+        raise UsageError(
+            "--model, --gpus, --precision, --memory-format and --torch-version have no effect without --mllog"
+        )
     if not traces:
         raise UsageError("no trace was named", hint="give trace.jsonl files or run folders, or --mllog FILE")
     result = compare(traces, profile, holdout=holdout, cluster=cluster)
@@ -98,6 +102,7 @@ def _validate_mllog(log: Path, options: MlPerfOptions, cluster: str | None, *, j
         gpus=options.gpus,
         precision=options.precision,
         memory_format=options.memory_format,
+        torch_version=options.torch_version,
     )
     if json:
         print_json(check)

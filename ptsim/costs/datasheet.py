@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ptsim.costs.kernels import Floats, Kernels, Pass, Work, network_kernels
 from ptsim.costs.shipped import shipped
-from ptsim.costs.software import is_young, may_be_young, update_of
+from ptsim.costs.software import is_young, may_be_young, update_of, zeroing_of
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
 from ptsim.costs.traffic import again_bytes, cast_bytes
@@ -456,6 +456,7 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
     backward = np.bincount(kernels.layer[~is_forward], seconds[~is_forward], count)
     streaming = fit.efficiency.stream_bandwidth * device.memory_bandwidth_bytes_per_s
     update = update_of(network, setting)
+    zeroing = zeroing_of(network, setting.torch_version)
     optimizer_s = update.seconds(streaming, fit.efficiency.launch_s) * young
     penalty = step_penalty(network, setting, gpu=device.is_gpu)
     regularizer_s = max(penalty.num_bytes / streaming, penalty.num_launches * fit.efficiency.launch_s)
@@ -481,8 +482,9 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
         low_s=low_s,
         high_s=older * high_s,
         tier=Tier.DATASHEET,
-        whole_s=cast_bytes(network, setting) / streaming,
-        again_s=again_bytes(network, setting) / streaming,
+        whole_s=(cast_bytes(network, setting) / streaming + zeroing.seconds(streaming, fit.efficiency.launch_s))
+        * young,
+        again_s=again_bytes(network, setting) / streaming * young,
         older=older,
     )
 

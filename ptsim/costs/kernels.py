@@ -409,8 +409,9 @@ def _kernels_of(
                 needs_input_gradient=layer.input_needs_gradient, needs_weight_gradient=layer.weight_needs_gradient,
             )  # fmt: skip
         case LayerKind.BATCH_NORM:
-            of_images = len(layer.output_shape) > 1 and layer.in_channels > 0
-            blocks = float(layer.in_channels) if planar and of_images else math.inf
+            axes = len(layer.output_shape)  # channels_last lays out images of two and three axes only
+            in_planes = axes == 2 or (planar and axes > 2)
+            blocks = float(layer.in_channels) if in_planes and layer.in_channels else math.inf
             yield _norm(index, forward, BATCH_NORM_FORWARD * x, x, blocks)
             yield _norm(index, backward, BATCH_NORM_BACKWARD * x, 2 * x, blocks)
         case LayerKind.NORM:  # autocast normalises layers and groups in fp32: the output's width

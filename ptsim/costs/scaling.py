@@ -1,12 +1,14 @@
 """What does data parallelism cost a step besides the all-reduces themselves, and how sure is a step of many GPUs?
 
-All fitted on published trainings with one GPU and with many in the same test (`analysis/fit_scaling.py`):
+What is fitted on published trainings with one GPU and with many in the same test (`analysis/fit_scaling.py`):
 
 * A GPU among others computes a little more slowly than alone, however many they are in a node; and every doubling of
   the nodes makes a step a little longer, since it waits for the slowest of them.
 * Every gradient tensor has a hook that copies it into its bucket, and its buffers are broadcast: work per tensor, for
   which the GPU waits or which it does itself. It does not depend on how many GPUs there are.
-* Over PCIe an all-reduce and the computation beside it hold each other up so much that nothing is gained by overlap.
+
+By how much an all-reduce and the computation beside it hold each other up is not fitted: published rows contradict each
+other.
 
 That the slowest of n GPUs of one node decides (their speeds would differ at random) was tried and found to explain
 nothing: the fit gives it a spread of 0.05 % per GPU.
@@ -100,8 +102,9 @@ def among(step: StepTime, cluster: Cluster, num_gpus: int) -> StepTime:
     """
     if not _scales(cluster, num_gpus):
         return step
-    if not step.data_parallel:
-        step = step.scaled(1 + slowdown(cluster, num_gpus))
+    slower = 1 + slowdown(cluster, num_gpus)
+    # A step that was recorded among others is taken to be of one node, whose slowdown it holds.
+    step = step.scaled(slower / (1 + load_scaling().slowdown) if step.data_parallel else slower)
     if step.tier != Tier.DATASHEET or min(step.low_s, step.compute_s) <= 0:
         return step
     many, expected_s = load_intervals().many_gpus, step.compute_s

@@ -24,9 +24,8 @@ from ptsim.setting import StepSetting, TorchVersion
 GROWN = {"ampere": TorchVersion(1, 10)}  # since when a generation's kernels are grown up
 GROUPED = TorchVersion(2, 0)  # since when gradients are let go and tensors are updated together
 _ZEROED_BYTES = 4 + 12  # of every parameter: its gradient written, read twice and written once
-_STEP_ACCESSES = (
-    2.75  # values that an arithmetic step of an update reads and writes, two or three: SGD's 11 are 4 steps
-)
+# Values that an arithmetic step of an update reads and writes, two or three: SGD's 11 are 4 steps.
+_STEP_ACCESSES = 2.75
 
 
 class Update(NamedTuple):
@@ -83,12 +82,14 @@ def update_of(network: Network, setting: StepSetting) -> Update:
     if groups_updates(setting.torch_version):
         return Update(num_bytes, num_launches=num_tensors)
     kernels = round(kind_of(setting).moved(setting.momentum) / _STEP_ACCESSES) * num_tensors
-    zeroed = zeroing_of(network)
+    zeroed = zeroing_of(network, setting.torch_version)
     return Update(num_bytes + zeroed.num_bytes, num_kernels=kernels + zeroed.num_kernels, num_launches=kernels)
 
 
-def zeroing_of(network: Network) -> Update:
+def zeroing_of(network: Network, version: TorchVersion | None) -> Update:
     """What older versions do to gradients: a kernel writes zeros, another adds to them; backward launches neither."""
+    if groups_updates(version):
+        return Update()
     return Update(_ZEROED_BYTES * network.num_learnt, num_kernels=2 * len(network.gradients))
 
 
@@ -104,7 +105,7 @@ def parse_torch_version(text: str) -> TorchVersion:
     Raises:
         UsageError: not a version.
     """
-    found = isinstance(text, str) and re.match(r"v?(\d)\.(\d{1,2})(?!\d)", text.strip())
+    found = isinstance(text, str) and re.fullmatch(r"v?(\d)\.(\d{1,2})(\.\d[\w.+-]*|[ab]\d*|rc\d+)?", text.strip())
     if not found:
         raise UsageError(f"torch_version is {text!r}, expected a version of PyTorch such as 1.8")
     return TorchVersion(int(found[1]), int(found[2]))

@@ -201,7 +201,7 @@ def _contention() -> str:
     return ", ".join(f"{where} by {100 * fitted[kind]:.0f} %" for kind, where in links.items())
 
 
-_LINKS: dict[str, str] = {LinkKind.PCIE: "PCIe", LinkKind.TCP: "TCP"}
+_LINKS: dict[str, str] = {LinkKind.TCP: "TCP"}
 
 
 def _input_row(options: Options, cluster: Cluster) -> Row:

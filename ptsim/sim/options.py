@@ -123,7 +123,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         link_latency_s: link → additional latency.
         placement: of several jobs: "packed" one after the other, or "striped": every node has GPUs of all of them.
         contention: by which fraction computation and communication each take longer while they overlap; None: as in
-            `costs/scaling.toml` for the link: 1 over PCIe, 0.05 over TCP and 0.2 elsewhere.
+            `costs/scaling.toml` for the link: 0.05 over TCP and 0.2 elsewhere.
         channel_multiple: round pruned channel counts up to a multiple, or to what they were before pruning.
         one_time_epoch: reconfigure once, after this many epochs, and never before or after.
         surgery_s: time to change the network at one reconfiguration; None: as recorded.

@@ -180,8 +180,10 @@ def test_a_row_is_not_asked_of_an_interval_that_its_own_gpu_made(script):
     assert not held.inside.any()
 
 
-def test_the_accuracy_page_states_errors_and_coverage(script):
+def test_the_accuracy_page_states_errors_and_coverage(script, monkeypatch):
     validate = script("cross_validate")
+    for name in ("young", "networks_added"):
+        monkeypatch.setattr(validate.many_gpus, name, lambda: pd.DataFrame({"of": ["published rows"]}))
     rows = pd.concat(
         [
             rows_of(way, g, [float(g)], device_known=way == "network")
@@ -208,7 +210,11 @@ def test_the_accuracy_page_states_errors_and_coverage(script):
         }
     )
     later = many.head(2).assign(way="later", model="resnet50", precision="fp32")
-    text = validate.page(rows, many, later)
+    parts = validate.made(rows, many, later)
+    marks = "".join(f"<!-- made: {name} -->\n<!-- end -->\n" for name in parts)
+    text = validate.filled(marks, parts)
+    assert text.count("| published rows |") == 2
+    assert "3 rows, 3 GPUs" in text
     assert "| GPU left out | 3 | 3 | 10.0 |" in text
     # ln(measured / predicted) of 0.1 is a throughput 1 - exp(-0.1) = 9.5 % below the prediction.
     assert "| GPU left out | 2 | 2 | 9.5 | 9.5 | 10.5 | 50.0 | 50.0 | 3.0 | 3.0 |" in text

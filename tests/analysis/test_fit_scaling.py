@@ -32,7 +32,7 @@ def test_the_fit_finds_the_constants_that_made_the_times(fit_scaling: ModuleType
     table = fit_scaling.many_table()
     table = table[table.alone_images_per_s.notna()]
     some = table.groupby(["source", "device", "num_gpus", "model", "precision"], sort=False).head(1)
-    links = {"pcie": 0.6, "tcp": 0.05, "other": 0.2}
+    links = {"tcp": 0.05, "other": 0.2}
     made = Scaling(tensor_s=80e-6, slowdown=0.02, straggle=0.03, contention=links, low=0.0, high=0.0)
     cases = [
         msgspec.structs.replace(case, seconds=case.predict(made, as_alone=True))

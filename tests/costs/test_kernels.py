@@ -147,6 +147,17 @@ def test_batch_norm_of_features_has_no_blocks_of_channels():
     assert all(math.isinf(kernel.blocks) for kernel in layer_kernels(layer, 7, 4, 4, 4, planar=True))
 
 
+@pytest.mark.parametrize(
+    ("shape", "planar", "blocks"), [((64, 9), True, 64), ((64, 9), False, 64), ((64, 9, 9, 9), False, math.inf)]
+)
+def test_batch_norm_over_one_axis_is_never_channels_last(shape, planar, blocks):
+    layer = Layer(
+        name="norm", kind=LayerKind.BATCH_NORM, op="batch_norm", in_channels=64, out_channels=64, input_shapes=(shape,),
+        output_shape=shape,
+    )  # fmt: skip
+    assert {kernel.blocks for kernel in layer_kernels(layer, 7, 4, 4, 4, planar=planar)} == {blocks}
+
+
 def test_work_grows_in_proportion_to_the_mini_batch():
     def moved(batch):
         return network_kernels(

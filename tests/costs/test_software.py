@@ -77,6 +77,18 @@ def test_a_step_of_unknown_software_on_ampere_may_take_as_long_as_with_young_sof
     assert not may_be_young(load_device("h100"), None)
 
 
+def test_every_gpu_zeroes_all_of_its_gradients_however_the_update_is_sharded():
+    """Zeros and sums, 16 bytes a parameter, are work of a whole step; of the rest every GPU does its share."""
+    old, new = step(V100, version=(1, 13)), step(V100, version=(2, 0))
+    streaming = load_fit().efficiency.stream_bandwidth * V100.memory_bandwidth_bytes_per_s
+    zeroed_s = 16 * PARAMETERS / streaming + 2 * TENSORS * load_fit().efficiency.launch_s
+    assert old.whole_s == pytest.approx(new.whole_s + zeroed_s)
+    assert old.updating(0.125).optimizer_s == pytest.approx(zeroed_s + 0.125 * (old.optimizer_s - zeroed_s))
+    young, grown = (step(version=version, precision=Precision.FP16) for version in ((1, 9), (1, 10)))
+    assert young.whole_s / grown.whole_s == pytest.approx(1 + load_fit().young_software)
+    assert young.again_s / grown.again_s == pytest.approx(1 + load_fit().young_software)
+
+
 @pytest.mark.parametrize(
     ("text", "version"), [("1.8", "1.8"), (" 2.12.1+cu126 ", "2.12"), ("v1.10.0a0", "1.10"), ("1.13", "1.13")]
 )
@@ -84,7 +96,9 @@ def test_a_version_is_read_as_torch_writes_it(text, version):
     assert str(parse_torch_version(text)) == version
 
 
-@pytest.mark.parametrize("text", ["", 1.8, "2", "new", "1.x", "-1.8", "1,8", "21.07", "1.1234"])  # 21.07: a container's
+@pytest.mark.parametrize(
+    "text", ["", 1.8, "2", "new", "1.x", "-1.8", "1,8", "21.07", "1.1234", "1.8 or newer", "1.10.", "1.8.x"]
+)  # 21.07: a container's
 def test_what_is_no_version_is_refused(text):
     with pytest.raises(UsageError, match=r"expected a version of PyTorch such as 1\.8"):
         parse_torch_version(text)
