@@ -61,11 +61,11 @@ def software_note(device: Device, version: TorchVersion | None, young_share: flo
     """
     grown, longer = GROWN.get(device.architecture), f"{young_share:.0%} longer"
     if is_young(device, version):
-        return f"with PyTorch before {grown} a step on {device.name} takes {longer} than with later versions"
+        return f"with PyTorch before {grown} kernels on {device.name} take {longer} than with later versions"
     if may_be_young(device, version):
         return (
-            f"with PyTorch before {grown} a step on {device.name} took {longer}, which the interval includes, since no "
-            "version of PyTorch was given"
+            f"with PyTorch before {grown} kernels on {device.name} took {longer}; no version of PyTorch was given, so "
+            "the upper end of the interval is as much longer"
         )
     return None
 
@@ -105,7 +105,7 @@ def parse_torch_version(text: str) -> TorchVersion:
     Raises:
         UsageError: not a version.
     """
-    found = isinstance(text, str) and re.fullmatch(r"v?(\d)\.(\d{1,2})(\.\d[\w.+-]*|[ab]\d*|rc\d+)?", text.strip())
+    found = isinstance(text, str) and re.fullmatch(r"v?([1-9])\.(\d{1,2})(\.\d[\w.+-]*|[ab]\d*|rc\d+)?", text.strip())
     if not found:
         raise UsageError(f"torch_version is {text!r}, expected a version of PyTorch such as 1.8")
     return TorchVersion(int(found[1]), int(found[2]))

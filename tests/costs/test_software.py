@@ -97,7 +97,7 @@ def test_a_version_is_read_as_torch_writes_it(text, version):
 
 
 @pytest.mark.parametrize(
-    "text", ["", 1.8, "2", "new", "1.x", "-1.8", "1,8", "21.07", "1.1234", "1.8 or newer", "1.10.", "1.8.x"]
+    "text", ["", 1.8, "0.4", "2", "new", "1.x", "-1.8", "1,8", "21.07", "1.1234", "1.8 or newer", "1.10.", "1.8.x"]
 )  # 21.07: a container's
 def test_what_is_no_version_is_refused(text):
     with pytest.raises(UsageError, match=r"expected a version of PyTorch such as 1\.8"):
