@@ -162,6 +162,7 @@ def predict(
     asked = msgspec.structs.replace(asked, **changes)  # what the values may be is checked where they are used
     machine = None if cluster is None else load_cluster(cluster)
     sharding = parse_sharding(asked.sharding)
+    version = None if asked.torch_version is None else parse_torch_version(asked.torch_version)
     if machine is None and gpus is not None:
         raise UsageError(f"{gpus} GPUs were asked for without a cluster", hint="name one with --cluster")
     if machine is None and sharding != "none":
@@ -178,7 +179,6 @@ def predict(
         optimizer=asked.optimizer,
         num_gpus=1 if machine is None else (machine.gpus_per_node if gpus is None else gpus),
     )
-    version = None if asked.torch_version is None else parse_torch_version(asked.torch_version)
     setting = msgspec.structs.replace(setting, sharding=sharding, torch_version=version or setting.torch_version)
     known = Measurements.of(subject.trace, device, calibrated)
     step = step_time(subject.network, device, setting, measurements=known)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from ptsim.costs.flops import flops_utilization, training_macs
+from ptsim.costs.flops import flops_utilization
+from ptsim.costs.run import epoch_training_macs
 from ptsim.hardware.spec import Device
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
@@ -23,14 +24,7 @@ def epochs_utilization(trace: Trace, device: Device | None, took: Iterable[tuple
         None where the peak of the run's precision is not known.
     """
     timed = list(took)
-    macs = sum(
-        training_macs(
-            trace.network_of(epoch),
-            images=epoch.num_images,
-            mini_batches=epoch.num_iterations * epoch.passes * epoch.world_size,
-        )
-        for epoch, _ in timed
-    )
+    macs = sum(epoch_training_macs(trace, epoch) for epoch, _ in timed)
     gpu_seconds = math.fsum(epoch.world_size * seconds for epoch, seconds in timed)
     peak = None if device is None else device.peak_flops_per_s.get(trace.run.precision)
     return flops_utilization(macs, gpu_seconds, peak)

@@ -15,6 +15,7 @@ from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.spec import Device
 from ptsim.setting import StepSetting
+from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
 
 
@@ -77,7 +78,6 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
             count(network, convention, images=batch, mini_batches=epoch.passes)
             for count in (inference_macs, training_macs)
         )
-        ran = epoch.num_iterations * epoch.passes * epoch.world_size  # how often what runs once a mini-batch does
         costs.append(
             EpochCost(
                 epoch=epoch.epoch,
@@ -89,7 +89,7 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
                 parameters=network.num_parameters,
                 inference_macs_per_image=inference // batch,
                 training_macs_per_image=one_batch // batch,
-                training_macs=training_macs(network, convention, images=epoch.num_images, mini_batches=ran),
+                training_macs=epoch_training_macs(trace, epoch, convention),
                 bn_bytes_per_image=bn_bytes,
                 bn_bytes=bn_bytes * epoch.num_images,
                 peak_memory_bytes=needs[asked],
@@ -99,6 +99,13 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
             )
         )
     return tuple(costs)
+
+
+def epoch_training_macs(trace: Trace, epoch: Epoch, convention: Convention = "exact") -> int:
+    """MACs of all images of one of the trace's epochs, on all its devices together."""
+    mini_batches = epoch.num_iterations * epoch.passes * epoch.world_size
+    network = trace.network_of(epoch)
+    return training_macs(network, convention, images=epoch.num_images, mini_batches=mini_batches)
 
 
 def recorded_device(trace: Trace) -> Device | None:
