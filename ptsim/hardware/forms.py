@@ -42,7 +42,7 @@ A cluster file (see `ptsim.hardware.spec.Cluster` for the meaning of each field)
     library = "nccl"                             # or "gloo"
     reduces_in_switch = false                    # NVLink SHARP (H100 and newer behind NVSwitch)
 
-    [intra]                                      # one GPU, one direction
+    [intra]                                      # one GPU, one direction; left out: every node has one GPU
     name = "NVLink 3"
     kind = "nvlink"                              # or pcie, infiniband, efa, tcpx, tcp; left out: as measured
     bandwidth = "300 GB/s"
@@ -162,7 +162,7 @@ class _ClusterForm(_Form, frozen=True, kw_only=True):
     name: Name
     device: Name
     gpus_per_node: Count
-    intra: _LinkForm
+    intra: _LinkForm | None = None
     inter: _LinkForm | None = None
     nics_per_node: Count = 1
     max_nodes: Count | None = None
@@ -187,7 +187,7 @@ _FORMS: dict[type, type[_Form]] = {
     AllReduceTable: _TableForm,
     AlphaBeta: _SegmentForm,
 }
-_OPTIONAL_NUMBERS = ("inter", "price_per_gpu", "cores_per_node", "storage_bandwidth")  # of a cluster
+_OPTIONAL_NUMBERS = ("intra", "inter", "price_per_gpu", "cores_per_node", "storage_bandwidth")  # of a cluster
 _RECORDS = {form: record for record, form in _FORMS.items()}
 
 
@@ -224,7 +224,11 @@ def cluster_of(path: Path, raw: dict[str, Any]) -> tuple[Cluster, str]:
     layouts = [(table.num_gpus, table.num_nodes) for table in form.tables]
     if twice := next((layout for layout in layouts if layouts.count(layout) > 1), None):
         raise FileFormatError(path, f"has two tables of {twice[0]} GPUs on {twice[1]} nodes, expected one")
-    numbers = ["intra", *(key for key in _OPTIONAL_NUMBERS if key in raw)]
+    numbers = [key for key in _OPTIONAL_NUMBERS if key in raw]
+    if form.intra is None:
+        if form.inter is None or form.gpus_per_node > 1:
+            raise FileFormatError(path, "intra is missing; only nodes of one GPU, with a link between them, have none")
+        form = msgspec.structs.replace(form, intra=msgspec.structs.replace(form.inter, name="none: one GPU a node"))
     cluster: Cluster = _record(form)
     named = str((path.parent / form.device).resolve()) if form.device.endswith(".toml") else form.device
     whole = msgspec.structs.replace(

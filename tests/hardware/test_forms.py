@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from ptsim.costs.collectives import all_reduce
 from ptsim.errors import FileFormatError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.spec import AlphaBeta
 
-HEAD = """
+INTRA = 'intra = { name = "NVLink", bandwidth = "300 GB/s", latency = "2 us" }'
+HEAD = f"""
 name = "mine"
 device = "a100"
 gpus_per_node = 8
-inter = { name = "TCP", bandwidth = "1 GB/s", latency = "20 us" }
-intra = { name = "NVLink", bandwidth = "300 GB/s", latency = "2 us" }
-sources = { default = "a data sheet" }
+inter = {{ name = "TCP", bandwidth = "1 GB/s", latency = "20 us" }}
+{INTRA}
+sources = {{ default = "a data sheet" }}
 """
 TABLE = """
 [[table]]
@@ -46,6 +48,7 @@ def written(folder: Path, text: str) -> Path:
         ('source = "a log"', 'source = "a log"' + TABLE, "has two tables of 8 GPUs on 1 nodes, expected one"),
         (', latency = "2 us"', "", "intra.latency is missing; a link without a kind needs it"),
         (', latency = "20 us"', "", "inter.latency is missing; a link without a kind needs it"),
+        (INTRA, "", "intra is missing; only nodes of one GPU, with a link between them, have none"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, old: str, new: str, said: str) -> None:
@@ -72,3 +75,15 @@ def test_a_link_of_a_kind_needs_no_latency_and_a_network_allows_any_number_of_no
     assert cluster.inter is not None
     assert (cluster.inter.latency_s, cluster.max_nodes) == (None, None)
     assert cluster.sources == {"intra": "a data sheet", "inter": "a data sheet"}
+
+
+def test_nodes_of_one_gpu_need_no_link_inside(tmp_path: Path) -> None:
+    one = HEAD.replace("gpus_per_node = 8", "gpus_per_node = 1")
+    without = load_cluster(written(tmp_path, one.replace(INTRA, "")))
+    assert without.sources == {"inter": "a data sheet"}
+    given = load_cluster(written(tmp_path, one))
+    for num_gpus in (2, 16):
+        times = [all_reduce(2**26, cluster, num_gpus).seconds for cluster in (without, given)]
+        assert times[0] == pytest.approx(times[1])
+    with pytest.raises(FileFormatError, match="intra is missing"):
+        load_cluster(written(tmp_path, "\n".join(line for line in one.splitlines() if " = { name" not in line)))
