@@ -38,7 +38,7 @@ _UNITS: dict[Dimension, dict[str, float]] = {
 }
 
 _MU = "\N{GREEK SMALL LETTER MU}"  # looks like the micro sign
-_QUANTITY = re.compile(r"\s*([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([^\s\d].*?)?\s*")
+_QUANTITY = re.compile(r"\s*([-+]?\d+(?:_\d+)*(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([^\s\d_.,].*?)?\s*")
 
 
 def parse_quantity(text: str, dimension: Dimension, *, also: Mapping[str, float] | None = None) -> float:

@@ -149,7 +149,7 @@ def test_a_message_size_is_read_as_nccl_tests_and_people_write_it(text: str, siz
         "1 parsec",
         "9" * 5000,
         "128 Q",
-        "1_000",
+        "1_",
         "1,000",
         "1T",
         "0x10",
