@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import torch
 import torchvision
-from public_rows import PUBLIC, network_name, training_table
+from public_rows import PUBLIC, many_table, network_name, training_table
 
 from ptsim import zoo
 from ptsim.capture.network import capture_network
@@ -19,7 +19,15 @@ from ptsim.capture.network import capture_network
 PAPER = ("resnet32", "resnet50", "vgg11", "vgg13")  # the paper's CIFAR networks
 
 
-def build(model: str) -> Any:
+class Swish(torch.nn.Module):
+    """SiLU of two operators."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the same shape."""
+        return x * torch.sigmoid(x)
+
+
+def build(model: str, *, swish: bool = False) -> Any:
     """The network of a row: torchvision's, or one of torchvision's family that it has no name for."""
     if model == "resnext101_32x4d":
         block = torchvision.models.resnet.Bottleneck
@@ -31,6 +39,8 @@ def build(model: str) -> Any:
         for name, child in parent.named_children():
             if isinstance(child, torchvision.ops.StochasticDepth):
                 setattr(parent, name, torch.nn.Identity())
+            elif swish and isinstance(child, torch.nn.SiLU):
+                setattr(parent, name, Swish())
     return module
 
 
@@ -43,10 +53,15 @@ def main() -> None:
         networks[name] = capture_network(
             module, name=name, input_shape=entry.input_shape, num_classes=entry.num_classes
         )
-    rows = {network_name(row): row for _, row in training_table().iterrows()}
+    rows = {network_name(row): row for table in (training_table(), many_table()) for _, row in table.iterrows()}
     for name, row in sorted(rows.items()):
         size = row.image_size
-        networks[name] = capture_network(build(row.model), name=name, input_shape=(3, size, size), num_classes=1000)
+        networks[name] = capture_network(
+            build(row.model, swish=name.startswith("pycls:")),
+            name=name,
+            input_shape=(3, size, size),
+            num_classes=1000,
+        )
         print(name, len(networks[name].layers), networks[name].num_parameters, networks[name].forward_macs)
     with gzip.GzipFile(PUBLIC / "networks.json.gz", "wb", mtime=0) as file:
         file.write(msgspec.json.encode(networks))

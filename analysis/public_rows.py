@@ -31,7 +31,7 @@ from ptsim.costs.kernels import (
     network_kernels,
     product_kernels,
 )
-from ptsim.costs.software import Update, groups_updates, is_young, update_of, zeroing_of
+from ptsim.costs.software import Update, is_young, update_of, zeroing_of
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Layer, LayerKind, Network, Precision
 from ptsim.setting import StepSetting, TorchVersion
@@ -52,6 +52,9 @@ RELEASES = {
     "2021-03": (1, 8), "2021-06": (1, 9), "2021-10": (1, 10), "2022-03": (1, 11), "2022-06": (1, 12),
     "2022-10": (1, 13), "2023-03": (2, 0),
 }  # fmt: skip
+# Its EfficientNets of April 2020 have SiLU as x * sigmoid(x): torch had no operator for it yet (pycls/models/effnet.py
+# as of 1caf15bb).
+SWISH = "https://github.com/facebookresearch/pycls"
 PAGEABLE_BYTES_PER_S = 6e9  # host to device copy of pageable memory over PCIe 3; nuisance of 14 rows
 
 
@@ -155,7 +158,8 @@ def setting_of(row: pd.Series) -> StepSetting:
 
 def network_name(row: pd.Series) -> str:
     """The key of a row's network in networks.json.gz."""
-    return f"torchvision:{row.model}@{row.image_size}"
+    library = "pycls" if row.source == SWISH and row.model.startswith("efficientnet") else "torchvision"
+    return f"{library}:{row.model}@{row.image_size}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -170,16 +174,14 @@ def cases_of(table: pd.DataFrame) -> list[Case]:
     for _, row in table.iterrows():
         device, precision = load_device(row.device), Precision(row.precision)
         network, setting = networks()[network_name(row)], setting_of(row)
-        zeroed = row.host_copy and not groups_updates(setting.torch_version)
+        zeroed = row.host_copy and not setting.groups_updates
         kernels = network_kernels(network, setting, tensor_cores=uses_tensor_cores(device, precision))
         images = row.batch * int(np.prod(network.input_shape))
         cases.append(
             Case(
                 kernels=kernels,
                 chip=chip_of(device, precision),
-                update=update_of(network, setting)
-                if row.with_optimizer
-                else zeroing_of(network, setting.torch_version),
+                update=update_of(network, setting) if row.with_optimizer else zeroing_of(network, setting),
                 num_zeroed=len(network.gradients) if zeroed else 0,
                 extra_s=4 * images / PAGEABLE_BYTES_PER_S if row.host_copy else 0.0,
                 seconds=row.batch / row.images_per_s,

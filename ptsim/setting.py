@@ -32,6 +32,7 @@ class TorchVersion(NamedTuple):
         return f"{self.major}.{self.minor}"
 
 
+GROUPED = TorchVersion(2, 0)  # since when gradients are let go after an update, which takes tensors together
 OF_RUNS = TorchVersion(2, 8)  # the oldest that ptsim trains with, and so the oldest of any recorded or planned run
 
 
@@ -82,7 +83,7 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
         passes: forward and backward passes over equal parts of the mini-batch, whose gradients accumulate into one
             update.
         told_update, told_penalties: what a recorded run says of another package's optimizer and criterion.
-        torch_version: of the software; None where nobody said it. Only the data-sheet tier asks for it
+        torch_version: of the software; None where nobody said it. Memory and the data-sheet tier ask for it
             (`ptsim.costs.software`).
     """
 
@@ -117,8 +118,13 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def holds_gradients(self) -> bool:
-        """Whether gradients are there all the time: in the buckets of all-reduces, or from one pass to the next."""
-        return self.data_parallel or self.passes > 1
+        """Whether gradients are always there: in the buckets of all-reduces, from one pass to the next, or zeroed."""
+        return self.data_parallel or self.passes > 1 or not self.groups_updates
+
+    @property
+    def groups_updates(self) -> bool:
+        """Whether this PyTorch lets gradients go after an update, and updates tensors together."""
+        return self.torch_version is None or self.torch_version >= GROUPED
 
     @property
     def half(self) -> bool:

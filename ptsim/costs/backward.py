@@ -1,5 +1,8 @@
 """What do torch's formulas for gradients read and write, of operators that are no products and no normalisations?
 
+What they make a forward pass do beside its own work stands here, too: an operator in place copies its input first, if
+its gradient needs what it overwrites.
+
 Of what works element by element, a line of a table is the kernels that autograd runs for one operand's gradient: how
 many tensors as large as the result they read and write together, how often they read either operand (which may be
 smaller: it was broadcast), and how many tensors of booleans. Where an operand was broadcast, its gradient is summed up
@@ -83,6 +86,12 @@ _COMPOSITE: dict[str, tuple[int, int, int, int, int]] = {
     "softsign": (7, 3, 22, 8, 0),
     "gumbel_softmax": (12, 6, 5, 2, 0),
 }
+# Operators whose gradient needs what they read; that of `relu`, `sigmoid` or `exp` needs what they gave.
+_INPUT_NEEDED = """
+    silu mish hardswish hardsigmoid relu6 hardtanh threshold clamp clip erf abs log log1p sin cos pow square
+"""
+_NEED_INPUT = frozenset(_INPUT_NEEDED.split())
+_NEED_FIRST = frozenset({"mul", "div"})  # … for the gradient of their second operand
 _JOINED = frozenset({"chunk", "split", "split_with_sizes", "unbind"})  # backward joins the parts' gradients
 _PARTS = frozenset({"getitem", "narrow", "select", "slice"})  # backward writes zeros, and the part's gradient there
 _SPREAD = frozenset({"expand", "expand_as", "broadcast_to"})  # backward sums up
@@ -95,6 +104,15 @@ class Moved(NamedTuple):
     kernels: int
 
 
+def made_first(layer: Layer, batch: int, given: int, width: int) -> Moved:
+    """Forward, before the operator's own kernel: a copy of what it overwrites, or the reciprocal of `1 / x`."""
+    sizes, learns = _operands(layer, batch)
+    if layer.op == "rdiv" and not layer.num_parameters:
+        return Moved(2 * layer.output_elements * batch * width, 1)
+    needed = any(learns) if layer.op in _NEED_INPUT else layer.op in _NEED_FIRST and any(learns[1:])
+    return Moved(2 * sizes[0] * given, 1) if layer.inplace and needed else Moved(0, 0)
+
+
 def gradient_of_elementwise(layer: Layer, batch: int, given: int, width: int) -> Moved:
     """Backward of an operator that works element by element.
 
@@ -105,11 +123,7 @@ def gradient_of_elementwise(layer: Layer, batch: int, given: int, width: int) ->
         width: of the result.
     """
     result = layer.output_elements * batch
-    sizes = list(layer.input_sizes(batch))
-    learns = [layer.input_needs_gradient and index not in layer.fixed_inputs for index in range(len(sizes))]
-    if layer.num_parameters:
-        sizes.append(layer.num_parameters)
-        learns.append(layer.weight_needs_gradient)
+    sizes, learns = _operands(layer, batch)
     if (mask := _CONDITIONED.get(layer.op, len(sizes))) < len(sizes) > 1:
         del sizes[mask], learns[mask]
     formulas = _formulas(layer.op, len(sizes))
@@ -126,6 +140,16 @@ def gradient_of_elementwise(layer: Layer, batch: int, given: int, width: int) ->
                 moved += result * width + size * given
                 kernels += 1
     return Moved(moved, kernels)
+
+
+def _operands(layer: Layer, batch: int) -> tuple[list[int], list[bool]]:
+    """Elements of every operand, a parameter last, and whether anybody needs its gradient."""
+    sizes = list(layer.input_sizes(batch))
+    learns = [layer.input_needs_gradient and index not in layer.fixed_inputs for index in range(len(sizes))]
+    if layer.num_parameters:
+        sizes.append(layer.num_parameters)
+        learns.append(layer.weight_needs_gradient)
+    return sizes, learns
 
 
 def _formulas(op: str, operands: int) -> Sequence[Gradient] | None:

@@ -456,7 +456,7 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
     backward = np.bincount(kernels.layer[~is_forward], seconds[~is_forward], count)
     streaming = fit.efficiency.stream_bandwidth * device.memory_bandwidth_bytes_per_s
     update = update_of(network, setting)
-    zeroing = zeroing_of(network, setting.torch_version)
+    zeroing = zeroing_of(network, setting)
     optimizer_s = update.seconds(streaming, fit.efficiency.launch_s) * young
     penalty = step_penalty(network, setting, gpu=device.is_gpu)
     regularizer_s = max(penalty.num_bytes / streaming, penalty.num_launches * fit.efficiency.launch_s)

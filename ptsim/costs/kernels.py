@@ -28,6 +28,7 @@ from ptsim.costs.backward import (
     gradient_of_pool,
     gradient_of_view,
     joins_gradients,
+    made_first,
     passes_of_activation,
     positions_bytes,
 )
@@ -245,10 +246,15 @@ def convolution_kernels(
             layout_bytes=2 * (x + y) if (foreign or ragged) and not depthwise else 0.0,
             footprint_bytes=x + y + w,
         )
-    if layer.bias:  # added by a kernel of its own; its gradient is a sum over the output's gradient
+    if layer.bias:  # added by a kernel of its own
         yield _stream(index, Pass.FORWARD, 2 * y, y)
-        if layer.weight_needs_gradient:
-            yield _stream(index, Pass.WEIGHT_GRADIENT, y, y)
+    yield from _bias_gradient(index, layer, y)
+
+
+def _bias_gradient(index: int, layer: Layer, size: float) -> Iterator[Kernel]:
+    """The sum over the output's gradient of `size` bytes, where there is a bias that learns."""
+    if layer.bias and layer.weight_needs_gradient:
+        yield _stream(index, Pass.WEIGHT_GRADIENT, size, size)
 
 
 def _implicit_products(layer: Layer, batch: int) -> dict[Pass, tuple[float, float, float]]:
@@ -399,6 +405,7 @@ def _kernels_of(
             )
         case LayerKind.LINEAR if layer.in_channels and layer.out_channels:
             yield from _linear_kernels(layer, batch * layer.output_elements / layer.out_channels, element, index)
+            yield from _bias_gradient(index, layer, y)
         case LayerKind.LINEAR | LayerKind.MATMUL:
             # Only the count is known: taken as one square-ish product per image over the output's last axis.
             n = float(layer.output_shape[-1]) if layer.output_shape else 1.0
@@ -421,11 +428,13 @@ def _kernels_of(
             yield _norm(index, backward, back * y, 2 * y)
         case LayerKind.ACTIVATION:
             first, second = passes_of_activation(layer, batch, given, width)
-            yield _stream(index, forward, first.num_bytes, x, launches=first.kernels)
+            before = made_first(layer, batch, given, width)
+            yield _stream(index, forward, first.num_bytes + before.num_bytes, x, first.kernels + before.kernels)
             yield from _backward(index, second, 2 * x)
         case LayerKind.ELEMENTWISE:
-            made = 2 * y if layer.op == "rdiv" and not layer.num_parameters else 0.0  # `1 / x`: the reciprocal first
-            yield _stream(index, forward, x + y + made, x + y, launches=2 if made else 1)
+            before = made_first(layer, batch, given, width)
+            moved = x + y + layer.num_parameters * given + before.num_bytes
+            yield _stream(index, forward, moved, x + y, 1 + before.kernels)
             yield from _backward(index, gradient_of_elementwise(layer, batch, given, width), x + y)
         case LayerKind.POOL:
             yield _stream(index, forward, x + y + positions_bytes(layer, batch), x + y)

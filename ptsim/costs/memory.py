@@ -93,8 +93,9 @@ def iteration_memory(
         network: what is trained.
         setting: how a step is run. channels_last spares the layout copies around tensor-core convolutions; on several
             GPUs DistributedDataParallel's buckets hold the gradients all the time (gradient_as_bucket_view), and so do
-            gradients that accumulate over several passes, whole, since the last pass alone reduces them. Else sharded
-            gradients leave the GPU's own share and two buckets: one fills while that before it is reduced.
+            gradients that accumulate over several passes, whole, since the last pass alone reduces them, and those that
+            older software zeroes. Else sharded gradients leave the GPU's own share and two buckets: one fills while
+            that before it is reduced.
         device: a GPU adds workspaces and rounding; None and a CPU are tensors alone.
         buckets: of the gradients; None for those of DDP's own caps.
 
@@ -124,7 +125,7 @@ def iteration_memory(
     penalty = step_penalty(network, setting, gpu=gpu)
     held_bytes = library + penalty.table_bytes
     persistent = weights + seen.buffer_bytes + states + held_bytes + images + gradients
-    if gpu:
+    if gpu and setting.groups_updates:
         copies_of_update = _share(_UPDATE_COPIES * learnt, shared)
     else:
         copies_of_update = 4 * max((p.num_elements for p in network.gradients), default=0)

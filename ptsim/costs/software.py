@@ -22,7 +22,6 @@ from ptsim.optimizers import kind_of
 from ptsim.setting import StepSetting, TorchVersion
 
 GROWN = {"ampere": TorchVersion(1, 10)}  # since when a generation's kernels are grown up
-GROUPED = TorchVersion(2, 0)  # since when gradients are let go and tensors are updated together
 _ZEROED_BYTES = 4 + 12  # of every parameter: its gradient written, read twice and written once
 # Values that an arithmetic step of an update reads and writes, two or three: SGD's 11 are 4 steps.
 _STEP_ACCESSES = 2.75
@@ -70,25 +69,20 @@ def software_note(device: Device, version: TorchVersion | None, young_share: flo
     return None
 
 
-def groups_updates(version: TorchVersion | None) -> bool:
-    """Whether this version lets gradients go and updates tensors together."""
-    return version is None or version >= GROUPED
-
-
 def update_of(network: Network, setting: StepSetting) -> Update:
     """The update of every parameter that learns, with the zeros of older versions."""
     num_tensors = len(network.gradients)
     num_bytes = update_bytes(network, setting)
-    if groups_updates(setting.torch_version):
+    if setting.groups_updates:
         return Update(num_bytes, num_launches=num_tensors)
     kernels = round(kind_of(setting).moved(setting.momentum) / _STEP_ACCESSES) * num_tensors
-    zeroed = zeroing_of(network, setting.torch_version)
+    zeroed = zeroing_of(network, setting)
     return Update(num_bytes + zeroed.num_bytes, num_kernels=kernels + zeroed.num_kernels, num_launches=kernels)
 
 
-def zeroing_of(network: Network, version: TorchVersion | None) -> Update:
+def zeroing_of(network: Network, setting: StepSetting) -> Update:
     """What older versions do to gradients: a kernel writes zeros, another adds to them; backward launches neither."""
-    if groups_updates(version):
+    if setting.groups_updates:
         return Update()
     return Update(_ZEROED_BYTES * network.num_learnt, num_kernels=2 * len(network.gradients))
 

@@ -216,13 +216,13 @@ def test_every_layer_by_hand() -> None:
         ("conv", (6912, 6912, 0), (2 * (192 + 256) + 108, 2 * (192 + 256) + 108), 2 * 192),
         ("bn", (0, 0, 0), (2 * 3 * 256, 2 * 5 * 256), 2 * 256 + 2 * 4),
         ("relu", (0, 0, 0), (2 * 2 * 256, 2 * 3 * 256), 2 * 256),
-        ("fc", (40, 40, 40), (2 * 14 + 40, 2 * (2 * 14 + 40)), 2 * 4),
+        ("fc", (40, 40, 40), (2 * 14 + 40, 2 * (2 * 14 + 40) + 2 * 10), 2 * 4),  # its bias: a sum
     ):
         row = rows[name]
         assert (row.forward_macs, row.weight_gradient_macs, row.input_gradient_macs) == macs
         assert (row.forward_bytes, row.backward_bytes) == (4 * moved[0], 4 * moved[1])
         assert row.saved_bytes == 4 * saved
-    assert report.product_bytes == 4 * (2 * (2 * (192 + 256) + 108) + 3 * (2 * 14 + 40))
+    assert report.product_bytes == 4 * (2 * (2 * (192 + 256) + 108) + 3 * (2 * 14 + 40) + 2 * 10)
     kinds = report.kinds_frame().set_index("kind")
     assert list(kinds.index[:2]) == ["conv", "linear"]
     assert tuple(kinds.loc["conv", ["layers", "parameters", "forward_macs", "training_macs"]]) == (1, 108, 6912, 13824)

@@ -179,6 +179,46 @@ CASES: dict[str, Case] = {
     "part by narrow": Case(lambda x: x.narrow(1, 0, 2).exp()),
     "another shape": Case(lambda x: x[:, :, None].flatten(1, 2).transpose(1, 2).exp()),
 }  # fmt: skip
+# In place, of what a convolution made: torch copies the operand first where its gradient needs what was there.
+IN_PLACE: dict[str, Case] = {
+    "relu": Case(F.relu_),
+    "relu6": Case(lambda x: F.relu6(x, inplace=True)),
+    "leaky": Case(lambda x: F.leaky_relu(x, 0.1, inplace=True)),
+    "elu": Case(lambda x: F.elu(x, inplace=True)),
+    "celu": Case(lambda x: F.celu(x, inplace=True)),
+    "selu": Case(lambda x: F.selu(x, inplace=True)),
+    "silu": Case(lambda x: F.silu(x, inplace=True)),
+    "mish": Case(lambda x: F.mish(x, inplace=True)),
+    "hardtanh": Case(lambda x: F.hardtanh(x, inplace=True)),
+    "hardswish": Case(lambda x: F.hardswish(x, inplace=True)),
+    "hardsigmoid": Case(lambda x: F.hardsigmoid(x, inplace=True)),
+    "threshold": Case(lambda x: F.threshold(x, 0.1, 0.0, inplace=True)),
+    "clamp": Case(lambda x: x.clamp_(0, 1)),
+    "erf": Case(lambda x: x.erf_()),
+    "sigmoid": Case(lambda x: x.sigmoid_()),
+    "tanh": Case(lambda x: x.tanh_()),
+    "exponential": Case(lambda x: x.exp_()),
+    "logarithm": Case(lambda x: x.log_()),
+    "logarithm of one more": Case(lambda x: x.log1p_()),
+    "magnitude": Case(lambda x: x.abs_()),
+    "sine": Case(lambda x: x.sin_()),
+    "cosine": Case(lambda x: x.cos_()),
+    "root": Case(lambda x: x.sqrt_()),
+    "one over the root": Case(lambda x: x.rsqrt_()),
+    "reciprocal": Case(lambda x: x.reciprocal_()),
+    "negative": Case(lambda x: x.neg_()),
+    "square": Case(lambda x: x.square_()),
+    "power": Case(lambda x: x.pow_(2)),
+    "sum": Case(lambda x, y: x.add_(y), (FULL, FULL)),
+    "difference": Case(lambda x, y: x.sub_(y), (FULL, FULL)),
+    "product": Case(lambda x, y: x.mul_(y), (FULL, FULL)),
+    "product with a gate": Case(lambda x, y: x.mul_(y), (FULL, GATE)),
+    "product with a scale": Case(lambda x, y: x.mul_(y), own=((WIDTH, 1, 1),)),
+    "product with a number": Case(lambda x: x.mul_(3)),
+    "product with what has no gradient": Case(lambda x, y: x.mul_(y.detach()), (FULL, FULL)),
+    "quotient": Case(lambda x, y: x.div_(y), (FULL, FULL)),
+    "quotient by a number": Case(lambda x: x.div_(3)),
+}  # fmt: skip
 
 
 def described(case: Case) -> tuple[Net, Network]:
@@ -207,6 +247,20 @@ def test_gradients_read_and_write_what_torchs_operators_do(name: str) -> None:
     num_bytes, launches = moved_by_torch(model, case)
     assert kernels.moved_bytes[ours].sum() == num_bytes + case.more
     assert kernels.launches[ours].sum() == launches
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_operators_in_place_copy_what_their_gradient_needs(name: str) -> None:
+    case = IN_PLACE[name]
+    model, network = described(case)
+    kernels = network_kernels(network, StepSetting(batch=BATCH), tensor_cores=False)
+    inside = [i for i, layer in enumerate(network.layers) if not layer.name.startswith(OUTSIDE)]
+    ours = [k for k, layer in enumerate(kernels.layer) if layer in inside and kernels.step[k] == Pass.FORWARD]
+    operands = [torch.rand(BATCH, *shape, requires_grad=True) * 1 for shape in case.shapes]
+    with Moved() as moved:
+        case.function(*operands, *model.own)
+    assert kernels.moved_bytes[ours].sum() == moved.num_bytes
+    assert kernels.launches[ours].sum() == moved.kernels
 
 
 def test_only_gradients_that_come_back_are_added_up() -> None:

@@ -539,7 +539,7 @@ def test_an_update_under_autocast_casts_weights_and_gradients():
 
 @pytest.mark.parametrize(("regularizer", "launches"), [(None, 0), ("group_lasso", 12)])
 def test_a_step_that_waits_for_its_host_takes_as_long_as_the_host_update_and_penalty_included(regularizer, launches):
-    """Kernels: 4 forward, of which the first is launched at once; back 2 of the linear layer, then 1 each.
+    """Kernels: 4 forward, of which the first is launched at once; back 3 of the linear layer and its bias, then 1 each.
 
     Then come three tensors. The penalty's two weights are gathered: 10 launches, a concatenation and an addition.
     """
@@ -549,4 +549,4 @@ def test_a_step_that_waits_for_its_host_takes_as_long_as_the_host_update_and_pen
     fit = msgspec.structs.replace(load_fit(), host=host)
     step = datasheet_step(net.build(), load_device("a100"), StepSetting(batch=1, regularizer=regularizer), fit=fit)
     assert step.optimizer_s > 1e-9
-    assert step.compute_s == pytest.approx(3 * 1e-3 + 5 * 2e-3 + (3 + launches) * 5e-4, rel=0, abs=1e-12)
+    assert step.compute_s == pytest.approx(3 * 1e-3 + 6 * 2e-3 + (3 + launches) * 5e-4, rel=0, abs=1e-12)

@@ -17,8 +17,8 @@ from ptsim.costs.memory import MemoryNeed, fallback_scratch, iteration_memory, l
 from ptsim.errors import UnknownNameError
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Footprint, Layer, LayerKind, Moment, Network, Parameter, Precision
-from ptsim.setting import StepSetting
-from tests.traces import residual_network
+from ptsim.setting import StepSetting, TorchVersion
+from tests.traces import NetworkBuilder, residual_network
 
 
 @pytest.fixture(scope="module")
@@ -448,3 +448,27 @@ def test_a_process_sees_98_percent_of_hbm_92_of_other_memory_and_all_of_a_cpus()
     assert usable_bytes(load_device("t4")) == 15_805_479_649  # 0.92 · 16 · 2³⁰
     cpu = msgspec.structs.replace(load_device("t4"), architecture="cpu")
     assert usable_bytes(cpu) == 16 * 2**30
+
+
+def test_older_software_keeps_gradients_and_updates_one_tensor_after_the_other(resnet: Network) -> None:
+    """With many images a step is fullest as backward begins: then all gradients are there, or the last layer's."""
+    gpu = load_device("a100")
+    versions = TorchVersion(2, 0), TorchVersion(1, 13)
+    gradients = sum(-(-4 * p.num_elements // 512) * 512 for p in resnet.gradients)
+    needs = [
+        iteration_memory(resnet, StepSetting(batch=1024, torch_version=version), device=gpu) for version in versions
+    ]
+    assert needs[1].peak_bytes - needs[0].peak_bytes == gradients - 4 * (64 * 10 + 10)
+    assert iteration_memory(resnet, StepSetting(batch=1024), device=gpu) == needs[0]
+
+
+def test_an_update_of_older_software_needs_no_copy_of_the_whole_model() -> None:
+    """Two tensors of 16 MB: gradients and a copy of both, or gradients and one that is added to the others."""
+    net = NetworkBuilder("wide", (4000, 1, 1), 4000)
+    net.linear("out", net.linear("in", net.flatten("flat", None), 1000), 4000)
+    network, gpu = net.build(), load_device("a100")
+    today, old = (
+        iteration_memory(network, StepSetting(batch=1, torch_version=version), device=gpu).peak_bytes
+        for version in (None, TorchVersion(1, 8))
+    )
+    assert today - old == pytest.approx(16e6, rel=0.01)

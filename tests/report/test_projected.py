@@ -323,7 +323,7 @@ def tiny_run(trace: ptsim.Trace, *, batch: int = 2) -> ptsim.Trace:
 def test_a_roofline_by_hand(traces: list[ptsim.Trace], passes: int) -> None:
     """Two images; a layer takes 3 ms. The convolution moves 2 · (2 · (192 + 256) + 108) elements of four bytes.
 
-    In two passes its 108 weights move twice as often.
+    In two passes its 108 weights move twice as often. The bias of the linear layer has a gradient that reads 2 · 10.
     """
     trace = tiny_run(first_epochs(traces[0], 3))
     epochs = tuple(msgspec.structs.replace(epoch, passes=passes) for epoch in trace.epochs)
@@ -335,7 +335,7 @@ def test_a_roofline_by_hand(traces: list[ptsim.Trace], passes: int) -> None:
     flops = 2 * 2 * (6912 + 6912)  # of two images, without their gradient
     assert conv.flops_per_byte == pytest.approx(flops / (4 * 2 * (2 * (192 + 256) + passes * 108)))
     assert conv.flops_per_second == pytest.approx(flops / 3e-3)
-    assert linear.flops_per_byte == pytest.approx(2 * 2 * 3 * 40 / (4 * 3 * (2 * 14 + passes * 40)))
+    assert linear.flops_per_byte == pytest.approx(2 * 2 * 3 * 40 / (4 * (3 * (2 * 14 + passes * 40) + 2 * 10)))
     assert linear.flops_per_second == pytest.approx(2 * 2 * 3 * 40 / 3e-3)
     assert (conv.peak_flops_per_second, conv.bandwidth_bytes_per_second) == (19.5e12, 1555e9)
     short = msgspec.structs.replace(run, trace=first_epochs(trace, 1))
