@@ -78,6 +78,8 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
         regularizer: the criterion (`ptsim.criteria.CRITERIA`) whose penalty acts; None for none.
         proximal: the penalty acts as a proximal step after the update, not as a gradient.
         num_gpus: data-parallel size; from 2 on every GPU also holds the buckets of its all-reduces.
+        bucket_views: gradients lie in these buckets, as `ptsim train` has it (`gradient_as_bucket_view`); by DDP's
+            default there are both.
         sharding: "zero1": every GPU keeps and updates its share of the optimizer's state; "zero2": of the gradients
             too. Gradients are reduce-scattered and updated parameters all-gathered (Rajbhandari et al., SC 2020).
         passes: forward and backward passes over equal parts of the mini-batch, whose gradients accumulate into one
@@ -95,6 +97,7 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
     regularizer: str | None = None
     proximal: bool = False
     num_gpus: int = 1
+    bucket_views: bool = True
     sharding: Sharding = "none"
     passes: int = 1
     told_update: ToldUpdate | None = None
@@ -119,7 +122,7 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def holds_gradients(self) -> bool:
         """Whether gradients are always there: in the buckets of all-reduces, from one pass to the next, or zeroed."""
-        return self.data_parallel or self.passes > 1 or not self.groups_updates
+        return (self.data_parallel and self.bucket_views) or self.passes > 1 or not self.groups_updates
 
     @property
     def groups_updates(self) -> bool:

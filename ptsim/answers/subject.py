@@ -70,7 +70,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
         """
         trace = self.trace
         if trace is None:
-            recorded = StepSetting(batch=0)
+            recorded = StepSetting(batch=0, bucket_views=False)  # a loop with DDP's defaults
         else:
             recorded = trace.setting_of(trace.epochs[-1]) if trace.epochs else trace.usual_setting
         passes = recorded.passes if batch is None else 1
@@ -86,6 +86,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
             momentum=recorded.momentum if optimizer in (None, recorded.optimizer) else None,
             proximal=recorded.proximal,
             num_gpus=recorded.num_gpus if num_gpus is None else _num_gpus(num_gpus),
+            bucket_views=recorded.bucket_views,
             passes=passes,
             told_update=recorded.told_update,
             told_penalties=recorded.told_penalties,

@@ -64,7 +64,7 @@ class MemoryNeed(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         activation_bytes: all that autograd keeps at the end of the forward pass, the input images included.
         parameter_bytes: weights, their half-precision copies under autocast, and buffers.
-        gradient_bytes: one fp32 gradient per parameter that gets one.
+        gradient_bytes: one fp32 gradient per parameter that gets one, and DDP's buckets where they are beside them.
         optimizer_bytes: the optimizer's state.
         workspace_bytes: what libraries take at most beside tensors, and the tables of a criterion's penalty.
         peak_bytes: the largest sum that is alive at one moment; less than the sum of the parts, which do not all meet.
@@ -92,7 +92,7 @@ def iteration_memory(
     Args:
         network: what is trained.
         setting: how a step is run. channels_last spares the layout copies around tensor-core convolutions; on several
-            GPUs DistributedDataParallel's buckets hold the gradients all the time (gradient_as_bucket_view), and so do
+            GPUs DistributedDataParallel's buckets hold the gradients all the time, or are there beside them, and so are
             gradients that accumulate over several passes, whole, since the last pass alone reduces them, and those that
             older software zeroes. Else sharded gradients leave the GPU's own share and two buckets: one fills while
             that before it is reduced.
@@ -116,6 +116,7 @@ def iteration_memory(
     states = _share(optimizer.states(setting.momentum) * learnt, shared)
     library = _library_workspace(network, device) if device is not None and gpu else 0
     gradients = _held_gradients(network, setting, learnt, buckets)
+    apart = learnt if setting.data_parallel and not setting.bucket_views else 0  # buckets beside the gradients
     copies = seen.weight_copy_bytes
     kept = seen.kept_fixed_bytes + batch * seen.kept_image_bytes - copies
     highest = _highest(seen, network, batch, memory_format=memory_format, buckets=setting.holds_gradients)
@@ -124,7 +125,7 @@ def iteration_memory(
     workspace = max((layer_workspace(layer, batch, width, memory_format) for layer in network.layers), default=0)
     penalty = step_penalty(network, setting, gpu=gpu)
     held_bytes = library + penalty.table_bytes
-    persistent = weights + seen.buffer_bytes + states + held_bytes + images + gradients
+    persistent = weights + seen.buffer_bytes + states + held_bytes + images + gradients + apart
     if gpu and setting.groups_updates:
         copies_of_update = _share(_UPDATE_COPIES * learnt, shared)
     else:
@@ -135,7 +136,7 @@ def iteration_memory(
     return MemoryNeed(
         activation_bytes=kept,
         parameter_bytes=weights + seen.buffer_bytes + copies,
-        gradient_bytes=gradients or learnt,
+        gradient_bytes=(gradients or learnt) + apart,
         optimizer_bytes=states,
         workspace_bytes=held_bytes + workspace,
         peak_bytes=peak,

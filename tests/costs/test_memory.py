@@ -472,3 +472,15 @@ def test_an_update_of_older_software_needs_no_copy_of_the_whole_model() -> None:
         for version in (None, TorchVersion(1, 8))
     )
     assert today - old == pytest.approx(16e6, rel=0.01)
+
+
+def test_buckets_beside_the_gradients_are_as_large_as_they_are(resnet: Network) -> None:
+    """By DDP's default a step has all that it has on one GPU, and the buckets."""
+    alone, apart, views = (
+        iteration_memory(resnet, StepSetting(batch=256, num_gpus=gpus, bucket_views=views))
+        for gpus, views in ((1, True), (8, False), (8, True))
+    )
+    gradients = sum(4 * p.num_elements for p in resnet.gradients)
+    assert apart.peak_bytes - alone.peak_bytes == apart.gradient_bytes - alone.gradient_bytes == gradients
+    assert alone.gradient_bytes == views.gradient_bytes == gradients
+    assert alone.peak_bytes < views.peak_bytes < apart.peak_bytes + 1
