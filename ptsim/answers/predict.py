@@ -220,6 +220,7 @@ def _data_parallel(
         contention=contention_of(cluster, setting.num_gpus),
         tensor_s=hook_seconds(cluster, setting.num_gpus),
         shards=shards,
+        buffers=subject.trace is None,  # `ptsim train` averages them once per epoch
         overlap=subject.trace is None or not subject.trace.compiled,  # all gradients of a compiled step come at its end
     )
     sizes = [bucket.num_bytes for bucket in ddp_buckets(network)]

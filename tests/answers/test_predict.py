@@ -22,6 +22,7 @@ from ptsim.hardware.profile_file import read_device_profile, write_device_profil
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link
 from ptsim.network import Parameter, Precision
 from ptsim.setting import StepSetting
+from ptsim.sim.run import project
 from tests.traces import dense_trace, residual_network, shrinking_trace
 
 NETWORK = residual_network((16, 32, 64))
@@ -343,6 +344,18 @@ def test_a_gpu_that_keeps_a_quarter_of_the_state_updates_a_quarter(tmp_path: Pat
     assert whole.energy_joules is not None
     saved_j = 4 * 277.5 * 0.75 * whole.optimizer_seconds  # the watts of streams
     assert sharded.energy_joules == pytest.approx(whole.energy_joules - saved_j)
+
+
+def test_a_run_is_predicted_as_it_is_simulated_and_a_model_with_ddps_defaults(tmp_path: Path) -> None:
+    """DDP broadcasts BatchNorm's statistics before every step, unless told not to, and its buckets are apart."""
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", widths=(64, 128, 256), profiles=False))
+    run = ptsim.predict(trace, cluster=node(1e-3), gpus=4)
+    epoch = project(trace, node(1e-3), 4).epochs[-1]
+    assert run.step_seconds == pytest.approx(epoch.step_s, rel=1e-9)
+    setting = {"batch": run.batch, "precision": run.precision, "memory_format": run.memory_format}
+    model = ptsim.predict(trace.final_network, cluster=node(1e-3), gpus=4, **setting)
+    assert model.exposed_communication_seconds > run.exposed_communication_seconds + 0.5e-3
+    assert model.peak_memory_bytes > run.peak_memory_bytes
 
 
 def test_a_compiled_run_hides_no_communication_elsewhere_either(tmp_path: Path) -> None:
