@@ -9,7 +9,7 @@ import pandas as pd
 from ptsim.costs.input import find_pipeline
 from ptsim.costs.scaling import load_scaling
 from ptsim.costs.tiers import tier_row
-from ptsim.hardware.spec import Cluster, Device, LinkKind
+from ptsim.hardware.spec import Cluster, Device
 from ptsim.report import specs
 from ptsim.report.facts import Facts
 from ptsim.report.figures.style import gpus as format_gpus
@@ -197,11 +197,8 @@ def _option_rows(projector: Projector) -> Iterator[Row]:
 def _contention() -> str:
     """By how much on which links, as fitted: "over PCIe by 100 %, …, elsewhere by 20 %"."""
     fitted = load_scaling().contention
-    links = {kind: f"over {_LINKS.get(kind, kind)}" for kind in fitted if kind != "other"} | {"other": "elsewhere"}
+    links = {kind: f"over {kind.upper()}" for kind in fitted if kind != "other"} | {"other": "elsewhere"}
     return ", ".join(f"{where} by {100 * fitted[kind]:.0f} %" for kind, where in links.items())
-
-
-_LINKS: dict[str, str] = {LinkKind.TCP: "TCP"}
 
 
 def _input_row(options: Options, cluster: Cluster) -> Row:
