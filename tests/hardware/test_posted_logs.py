@@ -248,3 +248,83 @@ def test_the_last_rank_of_a_list_tells_how_many_there_are_unless_the_rates_contr
         return
     (log,) = read_nccl_logs(file)
     assert (log.num_gpus, log.num_nodes, log.gpus) == (gpus, None, ("NVIDIA GB200",))
+
+
+# The form of a guide (awslabs/awsome-distributed-training): tables of two runs without anything but their columns.
+COLUMNS = "#  size  count  type  redop  root  time  algbw  busbw  #wrong  time  algbw  busbw  #wrong\n"
+
+
+def table(gpus: int, seconds: float, columns: str = COLUMNS, root: str = "-1", wrong: str = "0") -> str:
+    """64 and 128 MiB, whose bus bandwidth is 2 (n-1) / n times size / time."""
+    lines = [columns]
+    for size, time in ((2**26, seconds), (2**27, 2 * seconds)):
+        half = f"{1e6 * time:.1f} {size / time / 1e9:.2f} {2 * (gpus - 1) / gpus * size / time / 1e9:.2f} {wrong}"
+        lines.append(f"{size} {size // 4} float sum {root} {half} {half}\n")
+    return "".join(lines)
+
+
+def posted(folder: Path, text: str) -> Path:
+    path = folder / "posted.log"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_columns_above_rows_begin_a_run_of_its_own_number_of_gpus(tmp_path: Path) -> None:
+    text = f"```txt\n{table(8, 1e-3)}```\nThen:\n\n```txt\n{table(16, 2e-3)}```\n"
+    with pytest.warns(UserWarning, match="has rows only"):
+        found = read_nccl_logs(posted(tmp_path, text))
+    assert [(log.num_gpus, log.measurements[0].out_of_place_s) for log in found] == [
+        (8, pytest.approx(1e-3)),
+        (16, pytest.approx(2e-3)),
+    ]
+
+
+def test_rows_that_begin_again_with_other_gpus_are_no_cycle(tmp_path: Path) -> None:
+    path = posted(tmp_path, table(8, 1e-3) + table(16, 2e-3, columns=""))
+    with (
+        pytest.warns(UserWarning, match="has rows only"),
+        pytest.raises(FileFormatError, match="of another number of GPUs than 8") as caught,
+    ):
+        read_nccl_logs(path)
+    assert (caught.value.line, str(caught.value.hint)) == (
+        4,
+        "keep the lines with the names of the columns above each run's rows",
+    )
+
+
+@pytest.mark.parametrize(
+    ("launch", "nodes"),
+    [
+        ("srun -N 2 ./x", [2, None]),  # 16 GPUs are not on as many nodes as 8
+        ("mpirun -np 8 -H a:4,b:4 ./x", [2, None]),
+        ("mpirun -np 8 -npernode 4 ./x", [2, 4]),  # but as many are on each
+    ],
+)
+def test_a_line_that_launched_a_run_on_other_gpus_tells_no_nodes(
+    tmp_path: Path, launch: str, nodes: list[int | None]
+) -> None:
+    end = "# Out of bounds values : 0 OK\n"
+    text = f"{launch}\n{table(8, 1e-3)}{end}{table(16, 2e-3)}{end}"
+    assert [log.num_nodes for log in read_nccl_logs(posted(tmp_path, text))] == nodes
+
+
+@pytest.mark.parametrize(
+    "first", ["{'NUM_GPUS': 16, 'NPER_NODE': 8}", '{"level": "info", "step": 1}', "{ echo start; }"]
+)
+def test_a_brace_in_front_of_a_table_makes_no_json_of_it(tmp_path: Path, first: str) -> None:
+    """The first is the form of cybertronai/aws-network-benchmarks, where a script prints its settings."""
+    end = "# Out of bounds values : 0 OK\n{}\n"
+    (log,) = read_nccl_logs(posted(tmp_path, f"{first}\nmpirun -n 16 -N 8 ./all_reduce_perf\n{table(16, 2e-3)}{end}"))
+    assert (log.num_gpus, log.num_nodes, len(log.measurements)) == (16, 2, 2)
+
+
+@pytest.mark.parametrize(("root", "wrong"), [("-1", "17"), ("-1", "2e+01"), ("", "17")])
+def test_wrong_results_are_counted_with_and_without_a_root(tmp_path: Path, root: str, wrong: str) -> None:
+    path = posted(tmp_path, table(8, 1e-3, root=root, wrong=wrong) + "# Out of bounds values : 0 OK\n")
+    with pytest.raises(FileFormatError, match=f"{2 * float(wrong):g} wrong results at 67108864 bytes"):
+        read_nccl_logs(path)
+
+
+def test_a_rounding_error_of_the_old_format_is_no_count(tmp_path: Path) -> None:
+    path = posted(tmp_path, table(8, 1e-3, root="", wrong="1e+00") + "# Out of bounds values : 0 OK\n")
+    assert [log.num_gpus for log in read_nccl_logs(path)] == [8]

@@ -44,6 +44,7 @@ PROGRAM = re.compile(
     r"_perf(?:_mpi)?)\b"
 )
 FORCED = re.compile(r"\b(NCCL_ALGO|NCCL_PROTO)(?:=| set by environment to )['\"]?([\w,;:^]*\w)")
+_KEEP = "keep the lines '# Rank …' that nccl-tests prints first"
 _SHORTEST_S, _LONGEST_S = 1e-9, 86400.0  # of one all-reduce
 _ROUNDED = 0.005  # GB/s, by which a printed bandwidth may be off
 _RATE_OFF = 0.1  # by which size / time may differ from the bandwidth beside it; three digits are printed
@@ -65,6 +66,7 @@ class Section:
         self.rows: list[Row] = []
         self.header: re.Match[str] | None = None
         self.launch = ""  # lines that started it: mpirun, srun, …
+        self.launched: Section | None = None  # an earlier run in the file whose lines those are
         self.version: str | None = None  # of NCCL
         self.aggregated = 1  # all-reduces in one group
         self.blocking = False  # the host waits for each of them
@@ -123,6 +125,12 @@ def logs_of(path: Path, section: Section) -> list[NcclLog]:
     cycles = _cycles(path, section.rows)
     _check_section(path, section)
     num_gpus, num_nodes = _ranks(path, section)
+    for cycle in cycles[1:]:
+        best = max(cycle, key=lambda row: row.times.algbw)
+        if best.times.algbw >= 1 and not _agrees(num_gpus, best.times.algbw, best.times.busbw):
+            problem = f"its rows begin again, of another number of GPUs than {num_gpus}"
+            hint = "keep the lines with the names of the columns above each run's rows"
+            raise FileFormatError(path, problem, line=cycle[0].line, hint=hint)
     may_share = _may_share(section, num_gpus, num_nodes)
     return [
         NcclLog(
@@ -328,7 +336,8 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
             raise FileFormatError(path, problem, line=row.line)
     num = listed or implied
     if num is None:
-        raise FileFormatError(path, "has no device list ('# Rank 0 …'), so the number of GPUs is unknown", line=1)
+        problem = "has no device list ('# Rank 0 …'), so the number of GPUs is unknown"
+        raise FileFormatError(path, problem, line=row.line, hint=_KEEP)
     hosts = {host for host, _ in section.ranks.values()} if whole and _names_tell(section) else set()
     return num, len(hosts) or section.num_nodes or _launched_nodes(section, num)
 
@@ -369,12 +378,15 @@ def _launched_nodes(section: Section, num_gpus: int) -> int | None:
     if per_process == num_gpus:
         return 1
     found: set[int] = set()
+    earlier = section.launched  # of other GPUs it tells how many are on a node, and not on how many nodes they are
+    alike = earlier is None or not earlier.rows or _num_gpus(earlier) == num_gpus
     lines = [PROGRAM.split(line, 1)[0] for line in section.launch.splitlines()]  # behind it are the test's own options
     for line in lines:
         slurm = re.search(r"\b(?:srun|sbatch|salloc)\b|#SBATCH", line) is not None
         given = [(what, match[1]) for pattern, what in _NODES for match in pattern.finditer(line)]
-        on_node = [int(text) for what, text in given if what == "ranks" or (what == "N" and not slurm)]
-        for what, text in given:
+        ranks = [(what, text) for what, text in given if what == "ranks" or (what == "N" and not slurm)]
+        on_node = [int(text) for _, text in ranks]
+        for what, text in given if alike else ranks:
             if what == "hosts":
                 most = 1 if _BY_NODE.search(line) else min(on_node, default=num_gpus)
                 found.add(_hosts_used(text, num_gpus // per_process, most))
@@ -424,6 +436,12 @@ def _hosts_used(listed: str, processes: int, most: int) -> int:
     return used or len(slots)
 
 
+def _num_gpus(section: Section) -> int | None:
+    """How many GPUs a section with rows is of, as far as its list of devices or its bandwidths tell."""
+    best = max(section.rows, key=lambda row: row.times.algbw).times
+    return len(section.ranks) or _implied_ranks(best.algbw, best.busbw)
+
+
 def _implied_ranks(algbw: float, busbw: float) -> int | None:
     """The n of busbw / algbw = 2(n-1)/n; None where two printed digits do not decide."""
     if algbw < 1:
@@ -462,7 +480,7 @@ def _fitting(path: Path, rows: list[Row], implied: int, line: int) -> int:
     found = [num for num in range(max(2, implied // 2), 2 * implied + 1) if fits(num)]
     if len(found) > 1:
         problem = f"has no device list ('# Rank 0 …'), and its bandwidths fit {found[0]} to {found[-1]} GPUs"
-        raise FileFormatError(path, problem, line=line, hint="keep the lines '# Rank …' that nccl-tests prints first")
+        raise FileFormatError(path, problem, line=line, hint=_KEEP)
     return found[0] if found else implied
 
 

@@ -71,6 +71,11 @@ def read_sections(path: Path, text: str) -> list[Section]:
     return reader.sections
 
 
+def holds_rows(text: str) -> bool:
+    """Whether a line of the text is a row of a table."""
+    return any(_ROW.fullmatch(line[:_LONGEST_LINE]) for line in text.splitlines())
+
+
 class _Reader:
     """Sorts lines into sections."""
 
@@ -91,6 +96,7 @@ class _Reader:
         before = self.current
         self.sections.append(Section(line, self.name))
         self.current.launch = self.launch or before.launch
+        self.current.launched = None if self.launch else before.launched or before
         self.current.version = self.version
         self.current.forced = self.forced if self.launch or self.forced else dict(before.forced)
         self.name, self.launch, self.version, self.forced = None, "", None, {}
@@ -118,7 +124,7 @@ class _Reader:
             self.current.places[int(rank[1])] = (rank[3], rank[4], rank[5])
             self.current.groups.add(rank[2] or "0")
         elif columns := _COLUMNS.search(line):
-            if current.ended:
+            if current.ended or current.rows:
                 self.begin(number)
             self.current.unit_s = 1e-3 if columns[1] == "bytes" else 1e-6  # before version 2: milliseconds
             if "cputime" in line:
@@ -222,6 +228,7 @@ def _row(path: Path, number: int, match: re.Match[str]) -> Row:
             values.append(_finite(path, number, word))
         else:
             break  # a time stamp ends the row
+    rounding = any("e" in word for word in words[: len(values)])  # the old format's errors: "0e+00", no counts
     root = None
     if values and (len(values) % 4 == 1 or words[0] == "-1"):
         root = int(float(values.pop(0) or 0))
@@ -241,8 +248,8 @@ def _row(path: Path, number: int, match: re.Match[str]) -> Row:
         taken, algbw, busbw = group[:3]
         measured = taken is not None and algbw is not None and busbw is not None
         times.append(Times(taken, algbw, busbw) if measured else None)  # type: ignore[arg-type] # none is None
-        if len(group) > 3 and group[3] is not None and root is not None:
-            wrong += int(group[3])  # the old format's last column is a rounding error, not a count
+        if len(group) > 3 and group[3] is not None and (root is not None or not rounding):
+            wrong += int(group[3])
     if not any(times):
         raise FileFormatError(path, f"row of {match[1]} bytes has no time", line=number)
     first, second = (*times, None)[:2]

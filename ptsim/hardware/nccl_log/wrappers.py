@@ -30,7 +30,7 @@ _MOST_LEVELS = 4  # of objects inside each other
 
 
 def unwrapped(text: str) -> str:
-    """The text without what was wrapped around its lines; of a JSON document that holds no lines the same text.
+    """The text without what was wrapped around its lines.
 
     A line keeps its number, but in a document of many lines and where an entry holds several.
     """
@@ -42,8 +42,6 @@ def unwrapped(text: str) -> str:
     if any(entry is not None for entry in found):
         pieces = [line + "\n" if entry is None else entry for line, entry in zip(lines, found, strict=True)]
         lines = "\n".join(_joined(pieces)).split("\n")
-    elif text.lstrip().startswith("{"):
-        return text
     return _without_marks("\n".join(_whole(lines)))
 
 
