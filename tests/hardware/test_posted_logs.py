@@ -254,12 +254,15 @@ def test_the_last_rank_of_a_list_tells_how_many_there_are_unless_the_rates_contr
 COLUMNS = "#  size  count  type  redop  root  time  algbw  busbw  #wrong  time  algbw  busbw  #wrong\n"
 
 
-def table(gpus: int, seconds: float, columns: str = COLUMNS, root: str = "-1", wrong: str = "0") -> str:
+def table(
+    gpus: int, seconds: float, columns: str = COLUMNS, root: str = "-1", wrong: str = "0", kind: str = "float"
+) -> str:
     """64 and 128 MiB, whose bus bandwidth is 2 (n-1) / n times size / time."""
     lines = [columns]
     for size, time in ((2**26, seconds), (2**27, 2 * seconds)):
         half = f"{1e6 * time:.1f} {size / time / 1e9:.2f} {2 * (gpus - 1) / gpus * size / time / 1e9:.2f} {wrong}"
-        lines.append(f"{size} {size // 4} float sum {root} {half} {half}\n")
+        count = size // {"float": 4, "half": 2}[kind]
+        lines.append(f"{size} {count} {kind} sum {root} {half} {half}\n")
     return "".join(lines)
 
 
@@ -328,3 +331,17 @@ def test_wrong_results_are_counted_with_and_without_a_root(tmp_path: Path, root:
 def test_a_rounding_error_of_the_old_format_is_no_count(tmp_path: Path) -> None:
     path = posted(tmp_path, table(8, 1e-3, root="", wrong="1e+00") + "# Out of bounds values : 0 OK\n")
     assert [log.num_gpus for log in read_nccl_logs(path)] == [8]
+
+
+def test_a_run_of_another_data_type_is_no_repetition(tmp_path: Path) -> None:
+    """As a script that runs one type after the other keeps them; alone, each counts."""
+    end = "# Out of bounds values : 0 OK\n"
+    head = "mpirun -np 8 -npernode 8 ./x\n"
+    path = posted(tmp_path, f"{head}{table(8, 3e-3, kind='half')}{end}{head}{table(8, 1e-3)}{end}")
+    found = read_nccl_logs(path)
+    assert [log.kind for log in found] == [("half", "sum"), ("float", "sum")]
+    with pytest.warns(UserWarning, match="8 GPUs that reduced half sum are left out beside those of float sum"):
+        (both,) = tables_from_logs(found)
+    assert both.seconds == pytest.approx((1e-3, 2e-3))
+    (alone,) = tables_from_logs(found[:1])
+    assert alone.seconds == pytest.approx((3e-3, 6e-3))

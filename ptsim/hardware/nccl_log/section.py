@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from ptsim.errors import FileFormatError
-from ptsim.hardware.nccl_log.record import NcclLog, NcclMeasurement
+from ptsim.hardware.nccl_log.record import NcclLog, NcclMeasurement, chosen_kind
 
 ELEMENT_BYTES = (
     (8, "u?int64|float64|double"),
@@ -140,6 +140,7 @@ def logs_of(path: Path, section: Section) -> list[NcclLog]:
             gpus=tuple(sorted({gpu for _, gpu in section.ranks.values() if gpu})),
             version=section.version,
             measurements=tuple(_measurement(row, section.unit_s) for row in cycle),
+            kind=(section.rows[0].type, section.rows[0].redop),
             may_share=may_share,
         )
         for cycle in cycles
@@ -175,8 +176,7 @@ def _warn_of_settings(path: Path, section: Section) -> None:
 
 def _of_one_type(rows: list[Row]) -> list[Row]:
     """The rows of one data type and reduction: the float sum where there are several."""
-    kinds = dict.fromkeys((row.type, row.redop) for row in rows)
-    chosen = min(kinds, key=lambda kind: (kind[0] not in ("float", "float32"), kind[1] != "sum"))
+    chosen = chosen_kind(dict.fromkeys((row.type, row.redop) for row in rows))
     return [row for row in rows if (row.type, row.redop) == chosen]
 
 
