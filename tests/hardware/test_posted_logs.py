@@ -345,3 +345,29 @@ def test_a_run_of_another_data_type_is_no_repetition(tmp_path: Path) -> None:
     assert both.seconds == pytest.approx((1e-3, 2e-3))
     (alone,) = tables_from_logs(found[:1])
     assert alone.seconds == pytest.approx((3e-3, 6e-3))
+
+
+def broken(row: str, at: int) -> str:
+    """The row as a page has it that breaks lines."""
+    return f"{row[:at]}\n{row[at:].lstrip()}\n"
+
+
+@pytest.mark.parametrize("before", ["", ":mark:`"])
+@pytest.mark.parametrize("word", [4, 5, 6, 8, 9, 12])
+def test_a_row_that_a_page_broke_is_one_row(tmp_path: Path, word: int, before: str) -> None:
+    """The form of ROCm's guide, whose marks are reStructuredText's; `word` words are in the first line."""
+    (_, *rows), after = table(8, 1e-3).splitlines(), "`" if before else ""
+    cut = [broken(before + row + after, len(before) + len(" ".join(row.split()[:word]))) for row in rows]
+    (log,) = read_nccl_logs(posted(tmp_path, f"{COLUMNS}{''.join(cut)}# Out of bounds values : 0 OK\n"))
+    assert log.num_gpus == 8
+    assert [(m.out_of_place_s, m.in_place_s) for m in log.measurements] == [(1e-3, 1e-3), (2e-3, 2e-3)]
+
+
+def test_numbers_that_make_no_whole_row_are_not_put_to_one(tmp_path: Path) -> None:
+    columns, first, second = table(8, 1e-3).splitlines()
+    text = f"{columns}\n{first}\n0\n{' '.join(second.split()[:8])}\n0 2.00\n# Out of bounds values : 0 OK\n"
+    with pytest.raises(
+        FileFormatError, match="row of 134217728 bytes is incomplete: it has no in-place time"
+    ) as caught:
+        read_nccl_logs(posted(tmp_path, text))
+    assert caught.value.line == 4

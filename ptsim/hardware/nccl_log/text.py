@@ -36,12 +36,13 @@ _TRAILER = re.compile(r"\b(?:Out of bounds values|Avg bus bandwidth)\s*:\s*(\S+)
 _COLUMNS = re.compile(r"\b(size|bytes)\s+(?:count|N)\s+type\s.*busbw")
 _TYPES = "|".join(names for _, names in ELEMENT_BYTES)
 _ROW = re.compile(
-    rf"(?:^|.*[\s>:\]])(\d{{1,18}})\s+(\d{{1,18}})\s+({_TYPES})\s+(.*\S)"
+    rf"(?:^|.*[\s>:\]`])(\d{{1,18}})\s+(\d{{1,18}})\s+({_TYPES})\s+(.*\S)"
 )  # whatever a launcher puts in front
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _LAUNCH = re.compile(
     r"\b(?:mpirun|mpiexec|orterun|prun|srun|sbatch|salloc)\b|#SBATCH|\bppr:\d+:node|\bnNodes \d|\bNCCL_HOSTID\b"
 )
+_BOTH = (8, 16)  # numbers of a row that has times out of place and in place, without and with those of iterations
 _LARGEST = 1e18
 _LONGEST_LINE = 2000  # characters; no row has more, and patterns would search the rest for long
 # "host:pid:thread [gpu] file:line NCCL WARN", with the day in front or without; a host that starts with a digit starts
@@ -195,26 +196,41 @@ class _Reader:
 
 
 def _whole_rows(text: str) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers; a row in whose middle NCCL wrote messages is one line again."""
+    """Lines with their numbers; a row that NCCL's messages or the width of a page cut in two is one line again."""
     cut: tuple[int, str] | None = None
+    by_message = False
     for number, line in enumerate(text.splitlines(), start=1):
         line = _GLUED.sub(r"\1 ", line[:_LONGEST_LINE])
         message = _MESSAGE.search(line)
         piece = _LAUNCHER.sub(" ", line[: message.start()] if message else line).rstrip()
         words = piece.split()
-        if cut and words and all(word == "N/A" or _NUMBER.fullmatch(word) for word in words):
-            cut = (cut[0], f"{cut[1]} {piece}")
-            continue
+        if cut and words and all(map(_is_number, words)):
+            joined = f"{cut[1]} {piece}"
+            if by_message or _num_values(joined) in _BOTH:
+                cut = (cut[0], joined)
+                continue
         row = _ROW.match(piece)
         if cut and (row or words):
             yield cut
             cut = None
-        if row and message:
-            cut = (number, piece)
+        if row and (message or _num_values(piece) < min(_BOTH)):
+            cut, by_message = (number, piece), message is not None
         else:
             yield number, piece if row else line
     if cut:
         yield cut
+
+
+def _is_number(word: str) -> bool:
+    return word == "N/A" or _NUMBER.fullmatch(word) is not None
+
+
+def _num_values(row: str) -> int:
+    """How many numbers a row has behind its type, reduction and root, if nothing else follows them."""
+    match = _ROW.match(row)
+    words = match[4].split() if match else []
+    words = words[1:] if words and not _is_number(words[0]) else words
+    return len(words) - (words[:1] == ["-1"]) if all(map(_is_number, words)) else max(_BOTH)
 
 
 def _row(path: Path, number: int, match: re.Match[str]) -> Row:

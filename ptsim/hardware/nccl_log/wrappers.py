@@ -25,7 +25,7 @@ _TERMINAL = re.compile(
     r"|\[(?:\d{1,3};)*\d{1,3}m|\x1b[@-_=>()][0-9A-B]?"  # colours that lost their first character; others
 )
 _TAG = re.compile(r"</?(?:br|code|div|font|p|pre|span|td|tr)\b[^<>]*>|</?stdout rank[^<>]*>|</stdout>", re.IGNORECASE)
-_END = " \t\"',;|"  # of a quoted cell of a table
+_END = " \t\"',;|`"  # of a quoted cell of a table, or of code
 _MOST_LEVELS = 4  # of objects inside each other
 
 
