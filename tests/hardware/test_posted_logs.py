@@ -371,3 +371,48 @@ def test_numbers_that_make_no_whole_row_are_not_put_to_one(tmp_path: Path) -> No
     ) as caught:
         read_nccl_logs(posted(tmp_path, text))
     assert caught.value.line == 4
+
+
+def test_a_row_whose_size_is_not_that_of_its_elements_is_damaged(tmp_path: Path) -> None:
+    """As where a paste begins in the middle of a number."""
+    rows = table(8, 1e-3, columns="")[2:]  # 108864 bytes of 16,777,216 elements
+    with pytest.raises(FileFormatError, match="108864 bytes are not those of 16777216 elements of float"):
+        read_nccl_logs(posted(tmp_path, f"{rows}# Out of bounds values : 0 OK\n"))
+
+
+@pytest.mark.parametrize(("node", "read"), [("b", False), ("a", True)])
+def test_a_rank_has_one_place(tmp_path: Path, node: str, read: bool) -> None:
+    ranks = [f"#  Rank {i:2} Group  0 Pid     10 on  a device {i:2} [0000:{i:02}:00] NVIDIA H100\n" for i in range(8)]
+    again = ranks[3].replace("on  a", f"on  {node}")
+    path = posted(tmp_path, f"{''.join(ranks)}{again}{table(8, 1e-3)}# Out of bounds values : 0 OK\n")
+    if read:
+        assert [(log.num_gpus, log.num_nodes) for log in read_nccl_logs(path)] == [(8, 1)]
+        return
+    with pytest.raises(FileFormatError, match="rank 3 is listed twice: the output of several runs is mixed") as caught:
+        read_nccl_logs(path)
+    assert caught.value.line == 9
+
+
+def test_a_list_that_lacks_its_last_node_is_noticed_by_the_second_digit(tmp_path: Path) -> None:
+    """128 GPUs, of which 120 are listed: 2 · 127 / 128 = 1.984 and 2 · 119 / 120 = 1.983 times 85.00 GB/s."""
+    ranks = [
+        f"#  Rank {i:2} Group  0 Pid     10 on  n{i // 8} device {i % 8:2} [0x{i % 8:02}] A100\n" for i in range(128)
+    ]
+    row = "85000000 21250000 float sum -1 1000.0 85.00 168.67 0 1000.0 85.00 168.67 0\n"
+    (log,) = read_nccl_logs(posted(tmp_path, "".join(ranks) + row + "# Out of bounds values : 0 OK\n"))
+    assert (log.num_gpus, log.num_nodes) == (128, 16)
+    with pytest.raises(FileFormatError, match="lists 120 of its ranks"):
+        read_nccl_logs(posted(tmp_path, "".join(ranks[:120]) + row + "# Out of bounds values : 0 OK\n"))
+    rounded = row.replace("85.00 168.67", "85.0 168.7")
+    (log,) = read_nccl_logs(posted(tmp_path, "".join(ranks) + rounded + "# Out of bounds values : 0 OK\n"))
+    assert (log.num_gpus, log.num_nodes) == (128, 16)
+
+
+def test_a_bandwidth_that_was_cut_in_the_middle_tells_no_number_of_gpus(tmp_path: Path) -> None:
+    """As where the paste or the file ends: 8 GPUs have 174.86 GB/s beside 99.92."""
+    row = "134217728 33554432 float sum -1 1343.3 99.92 {}\n# Out of bounds values : 0 OK\n"
+    (log,) = read_nccl_logs(posted(tmp_path, row.format("174.86")))
+    assert log.num_gpus == 8
+    for cut in ("174.", "170.1", "174.5"):
+        with pytest.raises(FileFormatError, match="times the algorithm bandwidth, which no all-reduce has"):
+            read_nccl_logs(posted(tmp_path, row.format(cut)))

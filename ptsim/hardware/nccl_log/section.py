@@ -211,8 +211,7 @@ def collective(section: Section) -> str:
         return "a collective without reduction (broadcast, all_gather or all_to_all)"
     if row.root is not None and row.root >= 0:
         return "reduce_perf"
-    element = next((size for size, names in ELEMENT_BYTES if re.fullmatch(names, row.type)), row.size)
-    if row.count and row.size > row.count * element:  # of what one rank gets
+    if (own := _own_bytes(row)) is not None and row.size > own:  # of what one rank gets
         return "reduce_scatter_perf"
     if section.name is not None:
         return section.name
@@ -225,6 +224,12 @@ def collective(section: Section) -> str:
     if ranks > 2 and algbw > 1 and abs(busbw / algbw - 1) < 0.02:
         return "a test whose bus bandwidth is its algorithm bandwidth (sendrecv, broadcast or reduce)"
     return "all_reduce_perf"
+
+
+def _own_bytes(row: Row) -> int | None:
+    """Bytes of as many elements as the row counts; None where it counts none, or they are of a type of the future."""
+    element = next((size for size, names in ELEMENT_BYTES if re.fullmatch(names, row.type)), None)
+    return row.count * element if row.count and element else None
 
 
 def check_all_reduce(path: Path, section: Section) -> None:
@@ -245,6 +250,9 @@ def _check_section(path: Path, section: Section) -> None:
             raise FileFormatError(
                 path, f"row of {row.size} bytes is incomplete: it has no in-place time", line=row.line
             )
+        if _own_bytes(row) not in (None, row.size):
+            problem = f"{row.size} bytes are not those of {row.count} elements of {row.type}: the row is damaged"
+            raise FileFormatError(path, problem, line=row.line)
         if row.wrong:
             raise FileFormatError(path, f"{row.wrong} wrong results at {row.size} bytes", line=row.line)
         for times in filter(None, (row.out_of_place, row.in_place)):
@@ -329,9 +337,9 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
         )
     if not listed and implied:
         implied = _fitting(path, section.rows, implied, row.line)
-        if _ratio_off(implied, algbw, busbw) > _RATIO_OFF:
+        if not _agrees(implied, algbw, busbw):
             problem = (
-                f"has a bus bandwidth of {busbw / algbw:.3g} times the algorithm bandwidth, which no all-reduce has"
+                f"has a bus bandwidth of {busbw / algbw:.4g} times the algorithm bandwidth, which no all-reduce has"
             )
             raise FileFormatError(path, problem, line=row.line)
     num = listed or implied
@@ -451,13 +459,15 @@ def _implied_ranks(algbw: float, busbw: float) -> int | None:
 
 
 def _agrees(num: int, algbw: float, busbw: float) -> bool:
-    """Whether the bandwidths are those of so many ranks, as far as two digits tell."""
-    return algbw >= 1 and _ratio_off(num, algbw, busbw) <= min(_RATIO_OFF, 0.003 + 0.03 / algbw)
+    """Whether the bandwidths are those of so many ranks, as far as their digits tell.
 
-
-def _ratio_off(num: int, algbw: float, busbw: float) -> float:
-    """By how much the ratio of the bandwidths differs from that of so many ranks."""
-    return abs(bus_factor(num) - busbw / algbw)
+    Two are printed, one from 1000 GB/s on; people round to one, too.
+    """
+    two = max(algbw, busbw) < 1000 and any(round(10 * rate, 6) % 1 for rate in (algbw, busbw))
+    rounded = _ROUNDED * (1 if two else 10)
+    return algbw >= 1 and abs(bus_factor(num) - busbw / algbw) <= min(
+        _RATIO_OFF, (1 + bus_factor(num)) * rounded / algbw + 1e-6
+    )
 
 
 def bus_factor(num_gpus: int) -> float:

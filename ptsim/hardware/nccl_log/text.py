@@ -121,8 +121,10 @@ class _Reader:
         elif rank := _RANK.search(line):
             if current.ended:
                 self.begin(number)
+            place = (rank[3], rank[4], rank[5])
+            if self.current.places.setdefault(int(rank[1]), place) != place:
+                self.refuse(number, f"rank {rank[1]} is listed twice: the output of several runs is mixed")
             self.current.ranks[int(rank[1])] = (rank[3], rank[6].strip())
-            self.current.places[int(rank[1])] = (rank[3], rank[4], rank[5])
             self.current.groups.add(rank[2] or "0")
         elif columns := _COLUMNS.search(line):
             if current.ended or current.rows:
