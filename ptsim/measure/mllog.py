@@ -353,7 +353,8 @@ def _computed(seconds: float, epochs: list[float]) -> list[float]:
 def _count(path: Path, values: dict[str, Any], key: str) -> int:
     value = values.get(key)
     if not isinstance(value, int | float) or isinstance(value, bool) or value < 1:
-        raise FileFormatError(path, f"{key} is {value!r}, expected a positive number")
+        found = f"says nothing of {key}" if value is None else f"{key} is {value!r}"
+        raise FileFormatError(path, f"{found}, expected a positive number")
     return int(value)
 
 

@@ -240,7 +240,7 @@ def test_a_number_that_is_not_of_the_data_sets_images_is_noted(
     ("changed", "said"),
     [
         ({"train_samples": 1599}, "an epoch of 1599 samples is less than one mini-batch of 1600"),
-        ({"train_samples": None, "submission_benchmark": "ssd"}, "train_samples is None"),
+        ({"train_samples": None, "submission_benchmark": "ssd"}, "says nothing of train_samples, expected a"),
         ({"train_samples": None, "input_size": "many"}, "input_size is 'many'"),
         ({"global_batch_size": 0}, "global_batch_size is 0, expected a positive number"),
         ({"global_batch_size": True}, "global_batch_size is True"),
