@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ptsim.hardware.nccl_log.record import NcclLog
 from ptsim.hardware.nccl_log.section import Row, Section, Times, bus_factor, check_all_reduce, logs_of
 from ptsim.textfile import decode_json
 
-_FIRST = ("numcycle", "#wrong")  # the first field of every record, and of the first versions' sorted ones
+_FIELDS = [re.compile(rf'\b{name}"?\s*[:,]') for name in ("inplace", "algbw")]  # of every record, in any order
 _RATIO_OFF = 0.003  # by which busbw / algbw may differ from that of the ranks
 _ROUNDED = 1e-6  # GB/s, by which a written bandwidth may be off
 _RENAMED = {"name": "collective", "#wrong": "wrong"}  # in JSON, and in CSV
@@ -51,7 +52,8 @@ class _Record(msgspec.Struct):
 
 def is_record_file(text: str) -> bool:
     """Whether the text begins as these files do."""
-    return text[:1000].lstrip('[{" \t\r\n').lower().startswith(_FIRST)
+    begin = text[:1000].lower()
+    return all(field.search(begin) for field in _FIELDS)
 
 
 def read_records(path: Path, text: str) -> tuple[NcclLog, ...]:
