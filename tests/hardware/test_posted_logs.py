@@ -189,6 +189,7 @@ WRAPPED: dict[str, Callable[[str], str]] = {
     "colours that lost their escape": lambda line: f"[1;32m{line}[0m",
     "a title": lambda line: f"\x1b]0;node1\x07^[[32m{line}^[[0m",
     "a quoted cell": lambda line: f'"{TIME}","{line}"',
+    "a notebook": lambda line: f"      {json.dumps(line + chr(10))},",
     "html": lambda line: f"<pre>[1,0]&lt;stdout&gt;:{line}</pre><br>",
 }
 
@@ -416,3 +417,14 @@ def test_a_bandwidth_that_was_cut_in_the_middle_tells_no_number_of_gpus(tmp_path
     for cut in ("174.", "170.1", "174.5"):
         with pytest.raises(FileFormatError, match="times the algorithm bandwidth, which no all-reduce has"):
             read_nccl_logs(posted(tmp_path, row.format(cut)))
+
+
+def test_a_notebook_that_holds_a_log_is_read(tmp_path: Path) -> None:
+    lines = (FOLDER / "complete_rows_no_trailer.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    output = {"name": "stdout", "output_type": "stream", "text": lines}
+    cells = [{"cell_type": "code", "source": ["!./build/all_reduce_perf -g 8"], "outputs": [output]}]
+    path = tmp_path / "nccl.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4}, indent=1), encoding="utf-8")
+    (own,) = read_nccl_logs(FOLDER / "complete_rows_no_trailer.txt")
+    (log,) = read_nccl_logs(path)
+    assert (log.measurements, log.num_gpus, log.num_nodes, log.gpus) == (own.measurements, 8, 1, own.gpus)

@@ -127,4 +127,4 @@ def _without_marks(text: str) -> str:
     text = _TERMINAL.sub("", text)
     if "<" in text or "&" in text:
         text = html.unescape(_TAG.sub("", text))
-    return "\n".join(line.rstrip(_END) for line in text.splitlines())
+    return "\n".join(line.rstrip(_END).removesuffix("\\n").rstrip() for line in text.splitlines())
