@@ -428,3 +428,15 @@ def test_a_notebook_that_holds_a_log_is_read(tmp_path: Path) -> None:
     (own,) = read_nccl_logs(FOLDER / "complete_rows_no_trailer.txt")
     (log,) = read_nccl_logs(path)
     assert (log.measurements, log.num_gpus, log.num_nodes, log.gpus) == (own.measurements, 8, 1, own.gpus)
+
+
+@pytest.mark.parametrize("form", [form for form in WRAPPED if "pieces" not in form])
+def test_a_message_may_cut_a_row_behind_any_prefix(form: str, tmp_path: Path) -> None:
+    columns, *rows = table(8, 1e-3).splitlines()
+    lines, message = [columns], "node-1:4711:4722 [3] NCCL INFO Launch mode Parallel"
+    for row, words in zip(rows, (6, 9), strict=True):
+        lines += [f"  {' '.join(row.split()[:words])}  {message}", f"  {' '.join(row.split()[words:])}"]
+    lines.append("# Out of bounds values : 0 OK")
+    (log,) = read_nccl_logs(posted(tmp_path, "".join(WRAPPED[form](line) + "\n" for line in lines)))
+    assert log.num_gpus == 8
+    assert [(m.out_of_place_s, m.in_place_s) for m in log.measurements] == [(1e-3, 1e-3), (2e-3, 2e-3)]

@@ -200,14 +200,16 @@ class _Reader:
 def _whole_rows(text: str) -> Iterator[tuple[int, str]]:
     """Lines with their numbers; a row that NCCL's messages or the width of a page cut in two is one line again."""
     cut: tuple[int, str] | None = None
-    by_message = False
+    by_message, prefix = False, ""  # of the row, which a launcher puts in front of its second half, too
     for number, line in enumerate(text.splitlines(), start=1):
         line = _GLUED.sub(r"\1 ", line[:_LONGEST_LINE])
         message = _MESSAGE.search(line)
         piece = _LAUNCHER.sub(" ", line[: message.start()] if message else line).rstrip()
         words = piece.split()
-        if cut and words and all(map(_is_number, words)):
-            joined = f"{cut[1]} {piece}"
+        of_prefix = len(prefix.split())
+        rest = words[of_prefix:] if _without_digits(" ".join(words[:of_prefix])) == prefix else words
+        if cut and rest and all(map(_is_number, rest)):
+            joined = f"{cut[1]} {' '.join(rest)}"
             if by_message or _num_values(joined) in _BOTH:
                 cut = (cut[0], joined)
                 continue
@@ -217,10 +219,16 @@ def _whole_rows(text: str) -> Iterator[tuple[int, str]]:
             cut = None
         if row and (message or _num_values(piece) < min(_BOTH)):
             cut, by_message = (number, piece), message is not None
+            prefix = _without_digits(" ".join(piece[: row.start(1)].split()))
         else:
             yield number, piece if row else line
     if cut:
         yield cut
+
+
+def _without_digits(text: str) -> str:
+    """The form of a prefix, whose time differs from line to line."""
+    return re.sub(r"\d", "0", text)
 
 
 def _is_number(word: str) -> bool:
