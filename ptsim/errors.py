@@ -64,10 +64,19 @@ class UsageError(PtsimError, ValueError):
 class UnknownNameError(UsageError):
     """A name that nothing is registered under."""
 
-    def __init__(self, what: str, name: str, known: Iterable[str], *, close: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        name: str,
+        known: Iterable[str],
+        *,
+        close: Sequence[str] | None = None,
+        otherwise: str | None = None,
+    ) -> None:
         """`what` is the kind of thing, singular and lower case ("model", "device").
 
-        `close` are the nearest of the known names, where the caller can tell better than by their letters.
+        `close` are the nearest of the known names, where the caller can tell better than by their letters, and
+        `otherwise` is the hint where none is near.
         """
         names = sorted(known)
         part_of = [known_name for known_name in names if len(name) > 1 and name.lower() in known_name]
@@ -75,7 +84,7 @@ class UnknownNameError(UsageError):
             close = part_of[:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         shown = names if len(names) <= 40 else close or names[:40]
         listed = ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(shown) < len(names) else "")
-        hint = f"did you mean {' or '.join(close)}?" if close else None
+        hint = f"did you mean {' or '.join(close)}?" if close else otherwise
         super().__init__(f"unknown {what} {name!r}; known: {listed or 'none'}", hint=hint)
         self.name = name
 

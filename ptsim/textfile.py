@@ -31,6 +31,8 @@ _DOTTED = re.compile(r"^[ \t\[]*(?:[^\s.=\[\]{}\"']+[ \t]*\.[ \t]*){32}", re.MUL
 LARGEST, SMALLEST = 1e30, 1e-30  # no quantity in a file that a person writes is beyond
 LARGEST_INTEGER = 2**63 - 1  # TOML's own bound
 _GZIP = b"\x1f\x8b"
+_OTHER = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # how they begin
+_TAR = slice(257, 262), b"ustar"
 
 T = TypeVar("T")
 
@@ -87,10 +89,18 @@ def unpacked(path: str | Path, content: bytes, *, most: int = MOST_BYTES) -> byt
     """What a gzip file holds, at most `most` bytes; of any other file its content.
 
     Raises:
-        FileFormatError: the gzip file is broken, ends too early or holds more.
+        FileFormatError: the gzip file is broken, ends too early or holds more, or the file is another kind of archive.
     """
-    if not content.startswith(_GZIP):
-        return content
+    plain = _unzipped(path, content, most) if content.startswith(_GZIP) else content
+    kind = next((kind for begin, kind in _OTHER.items() if plain.startswith(begin)), None)
+    if kind or plain[_TAR[0]] == _TAR[1]:
+        raise FileFormatError(
+            path, f"is a {kind or 'tar'} archive, expected a file or a gzip file", hint="unpack it first"
+        )
+    return plain
+
+
+def _unzipped(path: str | Path, content: bytes, most: int) -> bytes:
     plain: list[bytes] = []
     left, rest = most + 1, content
     while rest.startswith(_GZIP):  # several may follow each other, as when logs are put together

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import os
+import tarfile
+import zipfile
 from pathlib import Path
 
 import msgspec
@@ -169,6 +173,24 @@ def test_packed_files_are_unpacked_to_their_end_and_to_a_limit() -> None:
     ):
         with pytest.raises(FileFormatError, match=sentence):
             unpacked("x", content, most=most)
+
+
+def test_other_archives_are_named(tmp_path):
+    (tmp_path / "log").write_text("rows")
+    with tarfile.open(tmp_path / "log.tar", "w") as tar, zipfile.ZipFile(tmp_path / "log.zip", "w") as zipped:
+        tar.add(tmp_path / "log", "log")
+        zipped.write(tmp_path / "log", "log")
+    tarred = (tmp_path / "log.tar").read_bytes()
+    for content, kind in (
+        (tarred, "tar"),
+        (gzip.compress(tarred), "tar"),
+        ((tmp_path / "log.zip").read_bytes(), "zip"),
+        (lzma.compress(b"rows"), "xz"),
+        (bz2.compress(b"rows"), "bzip2"),
+    ):
+        with pytest.raises(FileFormatError, match=f"is a {kind} archive, expected a file or a gzip file") as caught:
+            unpacked("x", content)
+        assert caught.value.hint == "unpack it first"
 
 
 def test_a_name_of_as_many_bytes_as_a_folder_takes_is_written(tmp_path):

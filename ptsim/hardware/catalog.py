@@ -210,7 +210,8 @@ def _locate(kind: str, name: str | Path) -> Path:
     if os.path.isfile(name):
         return Path(name).resolve()
     files = _files(f"{kind}s")
-    raise UnknownNameError(kind, name, files, close=_nearest(_plain(name), files.values()))
+    otherwise = f"a TOML file can describe it; ptsim {kind}s lists those that are known"
+    raise UnknownNameError(kind, name, files, close=_nearest(_plain(name), files.values()), otherwise=otherwise)
 
 
 def _named(kind: str, name: str) -> Path | None:

@@ -24,7 +24,10 @@ from ptsim.hardware.catalog import device_names
 from ptsim.textfile import decode_json, decode_text, read_bytes, unpacked
 
 _MARK = ":::MLLOG"
+_OLDEST = ":::MLPv0.5"
 _OLD = re.compile(r":::MLL (\d{1,12}(?:\.\d{1,9})?) (\w{1,80}) ?:\s*\{")
+_WHOLE = 0.7  # of the others' time that an epoch takes at least, if reaching the target did not break it off
+_TOLD = 0.01  # of an epoch's time that is training, unless its evaluation is marked from the beginning
 _MARKED = 0.9  # of the time up to an evaluation must lie inside the epochs' own marks
 _NODES = re.compile(r"\s*(\d{1,6})\s*x\s*(?:NVIDIA\s+)?([^\W_]*)", re.IGNORECASE)  # "4xNVIDIA DGX A100"
 _ONE_RUN = (  # what a run says once
@@ -103,14 +106,17 @@ def read_mllog(path: str | Path) -> MlperfRun:
             with different settings.
     """
     path = Path(path)
-    lines = _lines(path, decode_text(unpacked(path, read_bytes(path))))
+    text = decode_text(unpacked(path, read_bytes(path)))
+    lines = _lines(path, text)
     values = _values(path, lines)
     global_batch = _count(path, values, "global_batch_size")
-    samples, note = _samples(path, values, global_batch)
+    samples, note = _samples(path, values, global_batch, old=_OLD.search(text) is not None)
     epochs = _epochs(lines, samples)
     if not epochs:
         raise FileFormatError(
-            path, "holds no whole epoch: expected epoch_start and epoch_stop, or block_start and block_stop"
+            path,
+            "holds no whole epoch whose training its marks tell from evaluation: expected epoch_start and epoch_stop, "
+            "or block_start and block_stop",
         )
     timed = epochs[1:] or epochs
     if samples < global_batch:
@@ -166,18 +172,20 @@ def _values(path: Path, lines: list[_Line]) -> dict[str, Any]:
     return found
 
 
-def _samples(path: Path, values: dict[str, Any], global_batch: int) -> tuple[int, str | None]:
+def _samples(path: Path, values: dict[str, Any], global_batch: int, *, old: bool) -> tuple[int, str | None]:
     """Images of an epoch, and what was assumed of them.
 
-    "samples_per_epoch" counts those of whole mini-batches, "input_size" is the key of version 0.6. NVIDIA's code logs
-    mini-batches for "ssd" since version 2.0 and the steps of the run for "maskrcnn".
+    "samples_per_epoch" counts those of whole mini-batches, "input_size" is the key of version 0.6 (`old`), many of
+    whose logs say nothing. NVIDIA's code logs mini-batches for "ssd" since version 2.0 and the steps of the run for
+    "maskrcnn".
     """
     benchmark = _text(values.get("submission_benchmark")) or ""
     known = _IMAGES.get(benchmark, ())
     keys = ("samples_per_epoch", "train_samples", "input_size")
     named = next((key for key in keys if key in values), "train_samples")
-    if named not in values and len(known) == 1:
-        return known[0], None
+    if named not in values and (len(known) == 1 or (known and old)):
+        said = f"its log does not say of how many images: {known[0]} are taken"
+        return known[0], None if len(known) == 1 else said
     count = _count(path, values, named)
     if named == keys[0] or not benchmark or any(abs(count / images - 1) <= _NEAR for images in known):
         return count, None
@@ -215,6 +223,8 @@ def _lines(path: Path, text: str) -> list[_Line]:
     if not found:
         if torn:
             raise torn[0]
+        if _OLDEST in text:
+            raise FileFormatError(path, "is of MLPerf 0.5, whose lines mark no end of an epoch; expected 0.6 or newer")
         raise FileFormatError(path, f"holds no {_MARK} line; expected the result file of an MLPerf training run")
     if torn:
         warnings.warn(f"{path}: {len(torn)} of its {_MARK} lines are damaged and left out", stacklevel=3)
@@ -243,6 +253,7 @@ def _epochs(lines: list[_Line], samples: int) -> list[float]:
     began: dict[str, _Line] = {}
     judged_ms: dict[str, float] = {}  # what evaluations took of what has begun
     judging: float | None = None  # when the evaluation under way began
+    unjudged: set[str] = set()  # what has ended since the last evaluation began
     since_ms, first = 0.0, 0  # when training went on after the last evaluation, and its first epoch
 
     def end_judging(at_ms: float) -> None:
@@ -264,15 +275,22 @@ def _epochs(lines: list[_Line], samples: int) -> list[float]:
             start = began.pop(kind)
             seconds = (line.time_ms - start.time_ms - judged_ms[kind]) / 1e3
             count = _num_epochs(kind, start, samples)
-            if seconds > 0 and count > 0:
+            if seconds > _TOLD * (line.time_ms - start.time_ms) / 1e3 and count > 0:
                 found[kind].append(seconds / count)
                 judged[kind].append(judged_ms[kind] / 1e3 / count)
+                unjudged.add(kind)
         elif line.key == "eval_stop":
             end_judging(line.time_ms)
         elif line.key == "run_stop":
             began.clear()  # what is under way breaks off: an evaluation beside it has reached the target
+            for kind in unjudged:
+                if _broke_off(found[kind]):  # and is marked as if it had ended
+                    found[kind].pop()
+                    judged[kind].pop()
+            unjudged.clear()
         elif line.key == "eval_start" and judging is None:
             judging = line.time_ms
+            unjudged.clear()
             if "epoch" in began:  # whose marks then hold the evaluation
                 first = len(found["epoch"]) + 1
             elif first < len(found["epoch"]):
@@ -280,6 +298,16 @@ def _epochs(lines: list[_Line], samples: int) -> list[float]:
                 first = len(found["epoch"])
     kind = "epoch" if found["epoch"] else "block"
     return _with_what_was_beside(found[kind], judged[kind])
+
+
+def _broke_off(epochs: list[float]) -> bool:
+    """Whether the last of the epochs, behind which no evaluation is, took much less than the others.
+
+    So does RetinaNet's where the result of an evaluation comes while the next epoch trains (MLPerf Training v2.0, DGX
+    A100: 1207, 1209, 1207 and 22 s).
+    """
+    *others, last = epochs
+    return bool(others) and last < _WHOLE * statistics.median(others[1:] or others)
 
 
 def _with_what_was_beside(epochs: list[float], judged: list[float]) -> list[float]:
@@ -325,7 +353,8 @@ def _computed(seconds: float, epochs: list[float]) -> list[float]:
 def _count(path: Path, values: dict[str, Any], key: str) -> int:
     value = values.get(key)
     if not isinstance(value, int | float) or isinstance(value, bool) or value < 1:
-        raise FileFormatError(path, f"{key} is {value!r}, expected a positive number")
+        found = f"says nothing of {key}" if value is None else f"{key} is {value!r}"
+        raise FileFormatError(path, f"{found}, expected a positive number")
     return int(value)
 
 

@@ -84,7 +84,7 @@ def test_another_optimizer_is_noted(tmp_path: Path, network: Network) -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "said"),
     [
-        ({"global_batch_size": None}, FileFormatError, "global_batch_size is None"),
+        ({"global_batch_size": None}, FileFormatError, "says nothing of global_batch_size"),
         ({"train_samples": "many"}, FileFormatError, "train_samples"),
         ({"gradient_accumulation_steps": 0}, FileFormatError, "gradient_accumulation_steps is 0"),
         ({"submission_platform": "a machine"}, UsageError, "how many GPUs"),

@@ -337,6 +337,13 @@ def test_an_unknown_driver_name_matches_nothing():
     assert match_device("AMD Instinct MI300X") is None
 
 
+@pytest.mark.parametrize("name", ["AMD Instinct MI300X", "Tesla K40m", "NVIDIA Graphics Device"])
+def test_a_device_like_none_of_the_catalog_can_be_described(name):
+    with pytest.raises(UnknownNameError) as caught:
+        load_device(name)
+    assert caught.value.hint == "a TOML file can describe it; ptsim devices lists those that are known"
+
+
 def test_an_unknown_device_says_which_exist():
     with pytest.raises(UnknownNameError, match="a100-sxm4-40gb"):
         load_device("a100-sxm4-40g")

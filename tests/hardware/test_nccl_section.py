@@ -542,8 +542,9 @@ def test_a_name_counts_where_rows_tell_nothing_and_bandwidths_do_where_there_is_
 
 
 def test_slow_rows_alone_do_not_tell_how_many_gpus_there_were(tmp_path: Path) -> None:
-    with pytest.raises(FileFormatError, match=r"has no device list .* the number of GPUs is unknown"):
+    with pytest.raises(FileFormatError, match=r"has no device list .* the number of GPUs is unknown") as caught:
         read_nccl_log(write(tmp_path, SLOW + TAIL))
+    assert "keep the lines '# Rank" in str(caught.value.hint)
 
 
 def test_sizes_that_go_up_and_down_again_are_no_cycles(tmp_path: Path) -> None:

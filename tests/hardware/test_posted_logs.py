@@ -189,6 +189,7 @@ WRAPPED: dict[str, Callable[[str], str]] = {
     "colours that lost their escape": lambda line: f"[1;32m{line}[0m",
     "a title": lambda line: f"\x1b]0;node1\x07^[[32m{line}^[[0m",
     "a quoted cell": lambda line: f'"{TIME}","{line}"',
+    "a notebook": lambda line: f"      {json.dumps(line + chr(10))},",
     "html": lambda line: f"<pre>[1,0]&lt;stdout&gt;:{line}</pre><br>",
 }
 
@@ -248,3 +249,194 @@ def test_the_last_rank_of_a_list_tells_how_many_there_are_unless_the_rates_contr
         return
     (log,) = read_nccl_logs(file)
     assert (log.num_gpus, log.num_nodes, log.gpus) == (gpus, None, ("NVIDIA GB200",))
+
+
+# The form of a guide (awslabs/awsome-distributed-training): tables of two runs without anything but their columns.
+COLUMNS = "#  size  count  type  redop  root  time  algbw  busbw  #wrong  time  algbw  busbw  #wrong\n"
+
+
+def table(
+    gpus: int, seconds: float, columns: str = COLUMNS, root: str = "-1", wrong: str = "0", kind: str = "float"
+) -> str:
+    """64 and 128 MiB, whose bus bandwidth is 2 (n-1) / n times size / time."""
+    lines = [columns]
+    for size, time in ((2**26, seconds), (2**27, 2 * seconds)):
+        half = f"{1e6 * time:.1f} {size / time / 1e9:.2f} {2 * (gpus - 1) / gpus * size / time / 1e9:.2f} {wrong}"
+        count = size // {"float": 4, "half": 2}[kind]
+        lines.append(f"{size} {count} {kind} sum {root} {half} {half}\n")
+    return "".join(lines)
+
+
+def posted(folder: Path, text: str) -> Path:
+    path = folder / "posted.log"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_columns_above_rows_begin_a_run_of_its_own_number_of_gpus(tmp_path: Path) -> None:
+    text = f"```txt\n{table(8, 1e-3)}```\nThen:\n\n```txt\n{table(16, 2e-3)}```\n"
+    with pytest.warns(UserWarning, match="has rows only"):
+        found = read_nccl_logs(posted(tmp_path, text))
+    assert [(log.num_gpus, log.measurements[0].out_of_place_s) for log in found] == [
+        (8, pytest.approx(1e-3)),
+        (16, pytest.approx(2e-3)),
+    ]
+
+
+def test_rows_that_begin_again_with_other_gpus_are_no_cycle(tmp_path: Path) -> None:
+    path = posted(tmp_path, table(8, 1e-3) + table(16, 2e-3, columns=""))
+    with (
+        pytest.warns(UserWarning, match="has rows only"),
+        pytest.raises(FileFormatError, match="of another number of GPUs than 8") as caught,
+    ):
+        read_nccl_logs(path)
+    assert (caught.value.line, str(caught.value.hint)) == (
+        4,
+        "keep the lines with the names of the columns above each run's rows",
+    )
+
+
+@pytest.mark.parametrize(
+    ("launch", "nodes"),
+    [
+        ("srun -N 2 ./x", [2, None]),  # 16 GPUs are not on as many nodes as 8
+        ("mpirun -np 8 -H a:4,b:4 ./x", [2, None]),
+        ("mpirun -np 8 -npernode 4 ./x", [2, 4]),  # but as many are on each
+    ],
+)
+def test_a_line_that_launched_a_run_on_other_gpus_tells_no_nodes(
+    tmp_path: Path, launch: str, nodes: list[int | None]
+) -> None:
+    end = "# Out of bounds values : 0 OK\n"
+    text = f"{launch}\n{table(8, 1e-3)}{end}{table(16, 2e-3)}{end}"
+    assert [log.num_nodes for log in read_nccl_logs(posted(tmp_path, text))] == nodes
+
+
+@pytest.mark.parametrize(
+    "first", ["{'NUM_GPUS': 16, 'NPER_NODE': 8}", '{"level": "info", "step": 1}', "{ echo start; }"]
+)
+def test_a_brace_in_front_of_a_table_makes_no_json_of_it(tmp_path: Path, first: str) -> None:
+    """The first is the form of cybertronai/aws-network-benchmarks, where a script prints its settings."""
+    end = "# Out of bounds values : 0 OK\n{}\n"
+    (log,) = read_nccl_logs(posted(tmp_path, f"{first}\nmpirun -n 16 -N 8 ./all_reduce_perf\n{table(16, 2e-3)}{end}"))
+    assert (log.num_gpus, log.num_nodes, len(log.measurements)) == (16, 2, 2)
+
+
+@pytest.mark.parametrize(("root", "wrong"), [("-1", "17"), ("-1", "2e+01"), ("", "17")])
+def test_wrong_results_are_counted_with_and_without_a_root(tmp_path: Path, root: str, wrong: str) -> None:
+    path = posted(tmp_path, table(8, 1e-3, root=root, wrong=wrong) + "# Out of bounds values : 0 OK\n")
+    with pytest.raises(FileFormatError, match=f"{2 * float(wrong):g} wrong results at 67108864 bytes"):
+        read_nccl_logs(path)
+
+
+def test_a_rounding_error_of_the_old_format_is_no_count(tmp_path: Path) -> None:
+    path = posted(tmp_path, table(8, 1e-3, root="", wrong="1e+00") + "# Out of bounds values : 0 OK\n")
+    assert [log.num_gpus for log in read_nccl_logs(path)] == [8]
+
+
+def test_a_run_of_another_data_type_is_no_repetition(tmp_path: Path) -> None:
+    """As a script that runs one type after the other keeps them; alone, each counts."""
+    end = "# Out of bounds values : 0 OK\n"
+    head = "mpirun -np 8 -npernode 8 ./x\n"
+    path = posted(tmp_path, f"{head}{table(8, 3e-3, kind='half')}{end}{head}{table(8, 1e-3)}{end}")
+    found = read_nccl_logs(path)
+    assert [log.kind for log in found] == [("half", "sum"), ("float", "sum")]
+    with pytest.warns(UserWarning, match="8 GPUs that reduced half sum are left out beside those of float sum"):
+        (both,) = tables_from_logs(found)
+    assert both.seconds == pytest.approx((1e-3, 2e-3))
+    (alone,) = tables_from_logs(found[:1])
+    assert alone.seconds == pytest.approx((3e-3, 6e-3))
+
+
+def broken(row: str, at: int) -> str:
+    """The row as a page has it that breaks lines."""
+    return f"{row[:at]}\n{row[at:].lstrip()}\n"
+
+
+@pytest.mark.parametrize("before", ["", ":mark:`"])
+@pytest.mark.parametrize("word", [4, 5, 6, 8, 9, 12])
+def test_a_row_that_a_page_broke_is_one_row(tmp_path: Path, word: int, before: str) -> None:
+    """The form of ROCm's guide, whose marks are reStructuredText's; `word` words are in the first line."""
+    (_, *rows), after = table(8, 1e-3).splitlines(), "`" if before else ""
+    cut = [broken(before + row + after, len(before) + len(" ".join(row.split()[:word]))) for row in rows]
+    (log,) = read_nccl_logs(posted(tmp_path, f"{COLUMNS}{''.join(cut)}# Out of bounds values : 0 OK\n"))
+    assert log.num_gpus == 8
+    assert [(m.out_of_place_s, m.in_place_s) for m in log.measurements] == [(1e-3, 1e-3), (2e-3, 2e-3)]
+
+
+def test_numbers_that_make_no_whole_row_are_not_put_to_one(tmp_path: Path) -> None:
+    columns, first, second = table(8, 1e-3).splitlines()
+    text = f"{columns}\n{first}\n0\n{' '.join(second.split()[:8])}\n0 2.00\n# Out of bounds values : 0 OK\n"
+    with pytest.raises(
+        FileFormatError, match="row of 134217728 bytes is incomplete: it has no in-place time"
+    ) as caught:
+        read_nccl_logs(posted(tmp_path, text))
+    assert caught.value.line == 4
+
+
+def test_a_row_whose_size_is_not_that_of_its_elements_is_damaged(tmp_path: Path) -> None:
+    """As where a paste begins in the middle of a number."""
+    rows = table(8, 1e-3, columns="")[2:]  # 108864 bytes of 16,777,216 elements
+    with pytest.raises(FileFormatError, match="108864 bytes are not those of 16777216 elements of float"):
+        read_nccl_logs(posted(tmp_path, f"{rows}# Out of bounds values : 0 OK\n"))
+
+
+@pytest.mark.parametrize(("node", "read"), [("b", False), ("a", True)])
+def test_a_rank_has_one_place(tmp_path: Path, node: str, read: bool) -> None:
+    ranks = [f"#  Rank {i:2} Group  0 Pid     10 on  a device {i:2} [0000:{i:02}:00] NVIDIA H100\n" for i in range(8)]
+    again = ranks[3].replace("on  a", f"on  {node}")
+    path = posted(tmp_path, f"{''.join(ranks)}{again}{table(8, 1e-3)}# Out of bounds values : 0 OK\n")
+    if read:
+        assert [(log.num_gpus, log.num_nodes) for log in read_nccl_logs(path)] == [(8, 1)]
+        return
+    with pytest.raises(FileFormatError, match="rank 3 is listed twice: the output of several runs is mixed") as caught:
+        read_nccl_logs(path)
+    assert caught.value.line == 9
+
+
+def test_a_list_that_lacks_its_last_node_is_noticed_by_the_second_digit(tmp_path: Path) -> None:
+    """128 GPUs, of which 120 are listed: 2 · 127 / 128 = 1.984 and 2 · 119 / 120 = 1.983 times 85.00 GB/s."""
+    ranks = [
+        f"#  Rank {i:2} Group  0 Pid     10 on  n{i // 8} device {i % 8:2} [0x{i % 8:02}] A100\n" for i in range(128)
+    ]
+    row = "85000000 21250000 float sum -1 1000.0 85.00 168.67 0 1000.0 85.00 168.67 0\n"
+    (log,) = read_nccl_logs(posted(tmp_path, "".join(ranks) + row + "# Out of bounds values : 0 OK\n"))
+    assert (log.num_gpus, log.num_nodes) == (128, 16)
+    with pytest.raises(FileFormatError, match="lists 120 of its ranks"):
+        read_nccl_logs(posted(tmp_path, "".join(ranks[:120]) + row + "# Out of bounds values : 0 OK\n"))
+    rounded = row.replace("85.00 168.67", "85.0 168.7")
+    (log,) = read_nccl_logs(posted(tmp_path, "".join(ranks) + rounded + "# Out of bounds values : 0 OK\n"))
+    assert (log.num_gpus, log.num_nodes) == (128, 16)
+
+
+def test_a_bandwidth_that_was_cut_in_the_middle_tells_no_number_of_gpus(tmp_path: Path) -> None:
+    """As where the paste or the file ends: 8 GPUs have 174.86 GB/s beside 99.92."""
+    row = "134217728 33554432 float sum -1 1343.3 99.92 {}\n# Out of bounds values : 0 OK\n"
+    (log,) = read_nccl_logs(posted(tmp_path, row.format("174.86")))
+    assert log.num_gpus == 8
+    for cut in ("174.", "170.1", "174.5"):
+        with pytest.raises(FileFormatError, match="times the algorithm bandwidth, which no all-reduce has"):
+            read_nccl_logs(posted(tmp_path, row.format(cut)))
+
+
+def test_a_notebook_that_holds_a_log_is_read(tmp_path: Path) -> None:
+    lines = (FOLDER / "complete_rows_no_trailer.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    output = {"name": "stdout", "output_type": "stream", "text": lines}
+    cells = [{"cell_type": "code", "source": ["!./build/all_reduce_perf -g 8"], "outputs": [output]}]
+    path = tmp_path / "nccl.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4}, indent=1), encoding="utf-8")
+    (own,) = read_nccl_logs(FOLDER / "complete_rows_no_trailer.txt")
+    (log,) = read_nccl_logs(path)
+    assert (log.measurements, log.num_gpus, log.num_nodes, log.gpus) == (own.measurements, 8, 1, own.gpus)
+
+
+@pytest.mark.parametrize("form", [form for form in WRAPPED if "pieces" not in form])
+def test_a_message_may_cut_a_row_behind_any_prefix(form: str, tmp_path: Path) -> None:
+    columns, *rows = table(8, 1e-3).splitlines()
+    lines, message = [columns], "node-1:4711:4722 [3] NCCL INFO Launch mode Parallel"
+    for row, words in zip(rows, (6, 9), strict=True):
+        lines += [f"  {' '.join(row.split()[:words])}  {message}", f"  {' '.join(row.split()[words:])}"]
+    lines.append("# Out of bounds values : 0 OK")
+    (log,) = read_nccl_logs(posted(tmp_path, "".join(WRAPPED[form](line) + "\n" for line in lines)))
+    assert log.num_gpus == 8
+    assert [(m.out_of_place_s, m.in_place_s) for m in log.measurements] == [(1e-3, 1e-3), (2e-3, 2e-3)]

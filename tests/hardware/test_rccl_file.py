@@ -85,6 +85,28 @@ def test_cycles_are_runs_and_of_several_types_the_float_sum_counts(tmp_path: Pat
     assert [[round(1e6 * m.seconds) for m in log.measurements] for log in logs] == [[40, 500], [50, 600]]
 
 
+def test_one_object_a_line_is_read_in_any_order_of_its_fields(tmp_path: Path) -> None:
+    """As the first versions wrote it, without MPI in the order of the alphabet (figures of ROCm/rccl-tests, #93)."""
+    times = (19.18415, 19.89765)
+    kept = ["numCycle", "name", "size", "type", "redop", "inPlace", "time", "algBw", "busBw"]
+    lines = [
+        record(1024, time, place, gpus=4, algBw=1.024 / time, busBw=1.536 / time) for place, time in enumerate(times)
+    ]
+    lines = [{key: one[key] for key in [*kept, "gpus"]} | {"#wrong": "0"} for one in lines]
+    for order in (False, True):
+        text = "".join(json.dumps(one, sort_keys=order) + "\n" for one in lines)
+        (log,) = read(tmp_path, text)
+        assert (log.num_gpus, log.num_nodes) == (4, 1)
+        (row,) = log.measurements
+        assert (row.size_bytes, row.out_of_place_s, row.in_place_s) == (
+            1024,
+            pytest.approx(19.18415e-6),
+            pytest.approx(19.89765e-6),
+        )
+    with pytest.raises(FileFormatError, match="not the JSON output of rccl-tests"):
+        read(tmp_path, text[:-30])
+
+
 def test_the_same_run_as_text_says_the_same(tmp_path: Path) -> None:
     """Of four GPUs: the rows of a text, as records."""
     records = []
@@ -117,8 +139,8 @@ def test_the_same_run_as_text_says_the_same(tmp_path: Path) -> None:
         (as_json(pairs(ranks=0)), "record 1 has a time, a rate or a number of GPUs that none can be"),
         (as_json(pairs(time=4000.0)), "but the row says"),  # of the processor, or in another unit
         (as_json(pairs(redop="none")), "a collective without reduction"),
-        ("numCycle,collective,size\n", "holds no record"),
-        ('[\n{"numCycle": 1}\n]', "record 1: Object missing required field `collective`"),
+        ("numCycle,collective,size,inplace,algbw,busbw\n", "holds no record"),
+        ('[\n{"inPlace": 1, "algBw": 2}\n]', "record 1: Object missing required field `collective`"),
         (as_json(pairs(ranks=1, gpusPerRank=1, busBw=0.0)), "is the run of a single GPU"),
     ],
 )  # fmt: skip

@@ -240,7 +240,7 @@ def test_a_number_that_is_not_of_the_data_sets_images_is_noted(
     ("changed", "said"),
     [
         ({"train_samples": 1599}, "an epoch of 1599 samples is less than one mini-batch of 1600"),
-        ({"train_samples": None, "submission_benchmark": "ssd"}, "train_samples is None"),
+        ({"train_samples": None, "submission_benchmark": "ssd"}, "says nothing of train_samples, expected a"),
         ({"train_samples": None, "input_size": "many"}, "input_size is 'many'"),
         ({"global_batch_size": 0}, "global_batch_size is 0, expected a positive number"),
         ({"global_batch_size": True}, "global_batch_size is True"),
@@ -265,3 +265,63 @@ def test_a_packed_file_is_read(tmp_path: Path) -> None:
     packed = tmp_path / "result_0.txt.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
     assert read_mllog(packed) == read_mllog(path)
+
+
+@pytest.mark.parametrize(
+    ("marks", "seconds", "count"),
+    [
+        (  # the form of RetinaNet's logs of MLPerf 2.0: the result comes while the next epoch trains
+            [("epoch_start", 0), ("epoch_stop", 30), ("eval_start", 30), ("epoch_start", 33), ("eval_stop", 35),
+             ("epoch_stop", 53), ("eval_start", 53), ("epoch_start", 56), ("eval_stop", 58), ("epoch_stop", 60),
+             ("run_stop", 60)],
+            20, 1,
+        ),
+        (  # the same without a stretch of the evaluation in the epoch
+            [("epoch_start", 0), ("epoch_stop", 30), ("epoch_start", 30), ("epoch_stop", 50), ("eval_start", 50),
+             ("eval_stop", 52), ("epoch_start", 52), ("epoch_stop", 65), ("run_stop", 65)],
+            20, 1,
+        ),
+        (  # evaluation follows, so it is whole, however fast
+            [("epoch_start", 0), ("epoch_stop", 30), ("epoch_start", 30), ("epoch_stop", 50), ("epoch_start", 50),
+             ("epoch_stop", 60), ("eval_start", 60), ("eval_stop", 62), ("run_stop", 62)],
+            15, 2,
+        ),
+        (  # nothing follows, and it took as long
+            [("epoch_start", 0), ("epoch_stop", 30), ("epoch_start", 30), ("epoch_stop", 50), ("epoch_start", 50),
+             ("epoch_stop", 66), ("run_stop", 66)],
+            18, 2,
+        ),
+    ],
+)  # fmt: skip
+def test_an_epoch_that_reaching_the_target_broke_off_is_none(
+    tmp_path: Path, marks: list[Any], seconds: float, count: int
+) -> None:
+    found = read_mllog(marked(tmp_path / "log", *marks))
+    assert (found.epoch_seconds, found.num_epochs) == (pytest.approx(seconds), count)
+
+
+def test_evaluation_that_is_marked_from_the_begin_of_a_block_tells_no_training(tmp_path: Path) -> None:
+    """As the logs of `ssd` on TPUs in version 0.6: what is left of a block are milliseconds."""
+    marks = [("block_start", 0, {"epoch_count": 5}), ("eval_start", 0.002), ("eval_stop", 29), ("block_stop", 29)]
+    with pytest.raises(FileFormatError, match="no whole epoch whose training its marks tell from evaluation"):
+        read_mllog(marked(tmp_path / "log", *marks))
+
+
+def test_the_oldest_form_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(":::MLPv0.5.0 resnet 1543785258.927 (train.py:12) train_epoch: 0\n")
+    with pytest.raises(FileFormatError, match=r"is of MLPerf 0\.5, whose lines mark no end of an epoch; expected 0\.6"):
+        read_mllog(tmp_path / "log")
+
+
+@pytest.mark.parametrize(("benchmark", "images"), [("ssd", 117_266), ("maskrcnn", 117_266)])
+def test_version_0_6_has_the_images_of_coco(tmp_path: Path, benchmark: str, images: int) -> None:
+    """Its logs do not say how many; those of later versions do, and other ones."""
+    text = mllog(tmp_path / "new", submission_benchmark=benchmark, train_samples=None).read_text()
+    old = []
+    for line in map(json.loads, text.replace(":::MLLOG ", "").splitlines()[1:]):
+        content = json.dumps({"value": line["value"], "metadata": line.get("metadata", {})})
+        old.append(f":::MLL {line['time_ms'] / 1e3:.3f} {line['key']}: {content}\n")
+    (tmp_path / "old").write_text("".join(old))
+    found = read_mllog(tmp_path / "old")
+    assert (found.train_samples, found.epoch_seconds) == (images, 20.0)
+    assert "does not say of how many images: 117266 are taken" in str(found.note)

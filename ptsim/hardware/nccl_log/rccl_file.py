@@ -1,7 +1,8 @@
 """The JSON or CSV that rccl-tests writes with `-Z json` or `-Z csv` (2024 and newer), as a section.
 
-A record is one size, out of place or in place. The file is written when the test has ended. It names no devices, and
-its number of nodes is that of the processes over those that reduce together: 1 on however many nodes.
+A record is one size, out of place or in place; the first versions wrote JSON as an object a line, later ones as a list.
+The file names no devices, and its number of nodes is that of the processes over those that reduce together: 1 on
+however many nodes.
 
 Source: github.com/ROCm/rccl-tests, src/common.cu, class Reporter.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from ptsim.hardware.nccl_log.record import NcclLog
 from ptsim.hardware.nccl_log.section import Row, Section, Times, bus_factor, check_all_reduce, logs_of
 from ptsim.textfile import decode_json
 
-_FIRST = "numcycle"  # the first field of every record
+_FIELDS = [re.compile(rf'\b{name}"?\s*[:,]') for name in ("inplace", "algbw")]  # of every record, in any order
 _RATIO_OFF = 0.003  # by which busbw / algbw may differ from that of the ranks
 _ROUNDED = 1e-6  # GB/s, by which a written bandwidth may be off
 _RENAMED = {"name": "collective", "#wrong": "wrong"}  # in JSON, and in CSV
@@ -50,7 +52,8 @@ class _Record(msgspec.Struct):
 
 def is_record_file(text: str) -> bool:
     """Whether the text begins as these files do."""
-    return text[:1000].lstrip('[{" \t\r\n').lower().startswith(_FIRST)
+    begin = text[:1000].lower()
+    return all(field.search(begin) for field in _FIELDS)
 
 
 def read_records(path: Path, text: str) -> tuple[NcclLog, ...]:
@@ -81,10 +84,12 @@ def read_records(path: Path, text: str) -> tuple[NcclLog, ...]:
 
 def _fields(path: Path, text: str) -> list[dict[str, Any]]:
     """The fields of every record, under their names in lower case."""
+    lines = [line for line in text.splitlines() if line.strip()]
     if text.lstrip().startswith("["):
         found = decode_json(path, text, _JSON_DECODER, what="the JSON output of rccl-tests")
+    elif text.lstrip().startswith("{"):
+        found = decode_json(path, f"[{','.join(lines)}]", _JSON_DECODER, what="the JSON output of rccl-tests")
     else:
-        lines = [line for line in text.splitlines() if line.strip()]
         try:
             names, *rows = csv.reader(lines, skipinitialspace=True)
         except csv.Error as error:

@@ -10,7 +10,7 @@ from ptsim.hardware.nccl_log.document import read_document
 from ptsim.hardware.nccl_log.rccl_file import is_record_file, read_records
 from ptsim.hardware.nccl_log.record import NcclLog
 from ptsim.hardware.nccl_log.section import Section, collective, logs_of
-from ptsim.hardware.nccl_log.text import read_sections
+from ptsim.hardware.nccl_log.text import holds_rows, read_sections
 from ptsim.hardware.nccl_log.wrappers import unwrapped
 from ptsim.textfile import decode_text, read_bytes, unpacked
 
@@ -33,8 +33,10 @@ def read_nccl_logs(path: str | Path) -> tuple[NcclLog, ...]:
         raise FileFormatError(path, "is empty, expected the output of nccl-tests' all_reduce_perf")
     if is_record_file(text):
         return read_records(path, text)
-    text = unwrapped(text)
-    return read_document(path, text) if text.lstrip()[:1] == "{" else _read_text(path, text)
+    lines = unwrapped(text)
+    if lines.lstrip()[:1] == "{" and not holds_rows(lines):  # programs print such things in front of a table, too
+        return read_document(path, text)
+    return _read_text(path, lines)
 
 
 def read_nccl_log(path: str | Path) -> NcclLog:

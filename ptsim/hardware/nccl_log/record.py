@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 
 import msgspec
 
@@ -33,6 +34,7 @@ class NcclLog(msgspec.Struct, frozen=True, kw_only=True):
     gpus: tuple[str, ...]  # driver names
     version: str | None
     measurements: tuple[NcclMeasurement, ...]
+    kind: tuple[str, str] = ("float", "sum")  # data type and reduction
     may_share: bool = False  # some of its hosts name no bus number in common, as containers of one machine do
 
     @property
@@ -47,6 +49,11 @@ class NcclLog(msgspec.Struct, frozen=True, kw_only=True):
             if m.out_of_place_s is not None and m.in_place_s is not None
         )
         return ratios[len(ratios) // 2] / 0.954 if ratios else 0.0
+
+
+def chosen_kind(kinds: Iterable[tuple[str, str]]) -> tuple[str, str]:
+    """Of several data types and reductions the one that counts: the float sum, else the first."""
+    return min(kinds, key=lambda kind: (kind[0] not in ("float", "float32"), kind[1] != "sum"))
 
 
 def with_nodes(log: NcclLog, num_nodes: int | None = None, gpus_per_node: int | None = None) -> NcclLog:

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from ptsim.errors import FileFormatError
-from ptsim.hardware.nccl_log.record import NcclLog, NcclMeasurement
+from ptsim.hardware.nccl_log.record import NcclLog, NcclMeasurement, chosen_kind
 
 ELEMENT_BYTES = (
     (8, "u?int64|float64|double"),
@@ -44,6 +44,7 @@ PROGRAM = re.compile(
     r"_perf(?:_mpi)?)\b"
 )
 FORCED = re.compile(r"\b(NCCL_ALGO|NCCL_PROTO)(?:=| set by environment to )['\"]?([\w,;:^]*\w)")
+_KEEP = "keep the lines '# Rank …' that nccl-tests prints first"
 _SHORTEST_S, _LONGEST_S = 1e-9, 86400.0  # of one all-reduce
 _ROUNDED = 0.005  # GB/s, by which a printed bandwidth may be off
 _RATE_OFF = 0.1  # by which size / time may differ from the bandwidth beside it; three digits are printed
@@ -65,6 +66,7 @@ class Section:
         self.rows: list[Row] = []
         self.header: re.Match[str] | None = None
         self.launch = ""  # lines that started it: mpirun, srun, …
+        self.launched: Section | None = None  # an earlier run in the file whose lines those are
         self.version: str | None = None  # of NCCL
         self.aggregated = 1  # all-reduces in one group
         self.blocking = False  # the host waits for each of them
@@ -123,6 +125,12 @@ def logs_of(path: Path, section: Section) -> list[NcclLog]:
     cycles = _cycles(path, section.rows)
     _check_section(path, section)
     num_gpus, num_nodes = _ranks(path, section)
+    for cycle in cycles[1:]:
+        best = max(cycle, key=lambda row: row.times.algbw)
+        if best.times.algbw >= 1 and not _agrees(num_gpus, best.times.algbw, best.times.busbw):
+            problem = f"its rows begin again, of another number of GPUs than {num_gpus}"
+            hint = "keep the lines with the names of the columns above each run's rows"
+            raise FileFormatError(path, problem, line=cycle[0].line, hint=hint)
     may_share = _may_share(section, num_gpus, num_nodes)
     return [
         NcclLog(
@@ -132,6 +140,7 @@ def logs_of(path: Path, section: Section) -> list[NcclLog]:
             gpus=tuple(sorted({gpu for _, gpu in section.ranks.values() if gpu})),
             version=section.version,
             measurements=tuple(_measurement(row, section.unit_s) for row in cycle),
+            kind=(section.rows[0].type, section.rows[0].redop),
             may_share=may_share,
         )
         for cycle in cycles
@@ -167,8 +176,7 @@ def _warn_of_settings(path: Path, section: Section) -> None:
 
 def _of_one_type(rows: list[Row]) -> list[Row]:
     """The rows of one data type and reduction: the float sum where there are several."""
-    kinds = dict.fromkeys((row.type, row.redop) for row in rows)
-    chosen = min(kinds, key=lambda kind: (kind[0] not in ("float", "float32"), kind[1] != "sum"))
+    chosen = chosen_kind(dict.fromkeys((row.type, row.redop) for row in rows))
     return [row for row in rows if (row.type, row.redop) == chosen]
 
 
@@ -203,8 +211,7 @@ def collective(section: Section) -> str:
         return "a collective without reduction (broadcast, all_gather or all_to_all)"
     if row.root is not None and row.root >= 0:
         return "reduce_perf"
-    element = next((size for size, names in ELEMENT_BYTES if re.fullmatch(names, row.type)), row.size)
-    if row.count and row.size > row.count * element:  # of what one rank gets
+    if (own := _own_bytes(row)) is not None and row.size > own:  # of what one rank gets
         return "reduce_scatter_perf"
     if section.name is not None:
         return section.name
@@ -217,6 +224,12 @@ def collective(section: Section) -> str:
     if ranks > 2 and algbw > 1 and abs(busbw / algbw - 1) < 0.02:
         return "a test whose bus bandwidth is its algorithm bandwidth (sendrecv, broadcast or reduce)"
     return "all_reduce_perf"
+
+
+def _own_bytes(row: Row) -> int | None:
+    """Bytes of as many elements as the row counts; None where it counts none, or they are of a type of the future."""
+    element = next((size for size, names in ELEMENT_BYTES if re.fullmatch(names, row.type)), None)
+    return row.count * element if row.count and element else None
 
 
 def check_all_reduce(path: Path, section: Section) -> None:
@@ -237,6 +250,9 @@ def _check_section(path: Path, section: Section) -> None:
             raise FileFormatError(
                 path, f"row of {row.size} bytes is incomplete: it has no in-place time", line=row.line
             )
+        if _own_bytes(row) not in (None, row.size):
+            problem = f"{row.size} bytes are not those of {row.count} elements of {row.type}: the row is damaged"
+            raise FileFormatError(path, problem, line=row.line)
         if row.wrong:
             raise FileFormatError(path, f"{row.wrong} wrong results at {row.size} bytes", line=row.line)
         for times in filter(None, (row.out_of_place, row.in_place)):
@@ -321,14 +337,15 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
         )
     if not listed and implied:
         implied = _fitting(path, section.rows, implied, row.line)
-        if _ratio_off(implied, algbw, busbw) > _RATIO_OFF:
+        if not _agrees(implied, algbw, busbw):
             problem = (
-                f"has a bus bandwidth of {busbw / algbw:.3g} times the algorithm bandwidth, which no all-reduce has"
+                f"has a bus bandwidth of {busbw / algbw:.4g} times the algorithm bandwidth, which no all-reduce has"
             )
             raise FileFormatError(path, problem, line=row.line)
     num = listed or implied
     if num is None:
-        raise FileFormatError(path, "has no device list ('# Rank 0 …'), so the number of GPUs is unknown", line=1)
+        problem = "has no device list ('# Rank 0 …'), so the number of GPUs is unknown"
+        raise FileFormatError(path, problem, line=row.line, hint=_KEEP)
     hosts = {host for host, _ in section.ranks.values()} if whole and _names_tell(section) else set()
     return num, len(hosts) or section.num_nodes or _launched_nodes(section, num)
 
@@ -369,12 +386,15 @@ def _launched_nodes(section: Section, num_gpus: int) -> int | None:
     if per_process == num_gpus:
         return 1
     found: set[int] = set()
+    earlier = section.launched  # of other GPUs it tells how many are on a node, and not on how many nodes they are
+    alike = earlier is None or not earlier.rows or _num_gpus(earlier) == num_gpus
     lines = [PROGRAM.split(line, 1)[0] for line in section.launch.splitlines()]  # behind it are the test's own options
     for line in lines:
         slurm = re.search(r"\b(?:srun|sbatch|salloc)\b|#SBATCH", line) is not None
         given = [(what, match[1]) for pattern, what in _NODES for match in pattern.finditer(line)]
-        on_node = [int(text) for what, text in given if what == "ranks" or (what == "N" and not slurm)]
-        for what, text in given:
+        ranks = [(what, text) for what, text in given if what == "ranks" or (what == "N" and not slurm)]
+        on_node = [int(text) for _, text in ranks]
+        for what, text in given if alike else ranks:
             if what == "hosts":
                 most = 1 if _BY_NODE.search(line) else min(on_node, default=num_gpus)
                 found.add(_hosts_used(text, num_gpus // per_process, most))
@@ -424,6 +444,12 @@ def _hosts_used(listed: str, processes: int, most: int) -> int:
     return used or len(slots)
 
 
+def _num_gpus(section: Section) -> int | None:
+    """How many GPUs a section with rows is of, as far as its list of devices or its bandwidths tell."""
+    best = max(section.rows, key=lambda row: row.times.algbw).times
+    return len(section.ranks) or _implied_ranks(best.algbw, best.busbw)
+
+
 def _implied_ranks(algbw: float, busbw: float) -> int | None:
     """The n of busbw / algbw = 2(n-1)/n; None where two printed digits do not decide."""
     if algbw < 1:
@@ -433,13 +459,15 @@ def _implied_ranks(algbw: float, busbw: float) -> int | None:
 
 
 def _agrees(num: int, algbw: float, busbw: float) -> bool:
-    """Whether the bandwidths are those of so many ranks, as far as two digits tell."""
-    return algbw >= 1 and _ratio_off(num, algbw, busbw) <= min(_RATIO_OFF, 0.003 + 0.03 / algbw)
+    """Whether the bandwidths are those of so many ranks, as far as their digits tell.
 
-
-def _ratio_off(num: int, algbw: float, busbw: float) -> float:
-    """By how much the ratio of the bandwidths differs from that of so many ranks."""
-    return abs(bus_factor(num) - busbw / algbw)
+    Two are printed, one from 1000 GB/s on; people round to one, too.
+    """
+    two = max(algbw, busbw) < 1000 and any(round(10 * rate, 6) % 1 for rate in (algbw, busbw))
+    rounded = _ROUNDED * (1 if two else 10)
+    return algbw >= 1 and abs(bus_factor(num) - busbw / algbw) <= min(
+        _RATIO_OFF, (1 + bus_factor(num)) * rounded / algbw + 1e-6
+    )
 
 
 def bus_factor(num_gpus: int) -> float:
@@ -462,7 +490,7 @@ def _fitting(path: Path, rows: list[Row], implied: int, line: int) -> int:
     found = [num for num in range(max(2, implied // 2), 2 * implied + 1) if fits(num)]
     if len(found) > 1:
         problem = f"has no device list ('# Rank 0 …'), and its bandwidths fit {found[0]} to {found[-1]} GPUs"
-        raise FileFormatError(path, problem, line=line, hint="keep the lines '# Rank …' that nccl-tests prints first")
+        raise FileFormatError(path, problem, line=line, hint=_KEEP)
     return found[0] if found else implied
 
 

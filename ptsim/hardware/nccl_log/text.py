@@ -36,12 +36,13 @@ _TRAILER = re.compile(r"\b(?:Out of bounds values|Avg bus bandwidth)\s*:\s*(\S+)
 _COLUMNS = re.compile(r"\b(size|bytes)\s+(?:count|N)\s+type\s.*busbw")
 _TYPES = "|".join(names for _, names in ELEMENT_BYTES)
 _ROW = re.compile(
-    rf"(?:^|.*[\s>:\]])(\d{{1,18}})\s+(\d{{1,18}})\s+({_TYPES})\s+(.*\S)"
+    rf"(?:^|.*[\s>:\]`])(\d{{1,18}})\s+(\d{{1,18}})\s+({_TYPES})\s+(.*\S)"
 )  # whatever a launcher puts in front
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _LAUNCH = re.compile(
     r"\b(?:mpirun|mpiexec|orterun|prun|srun|sbatch|salloc)\b|#SBATCH|\bppr:\d+:node|\bnNodes \d|\bNCCL_HOSTID\b"
 )
+_BOTH = (8, 16)  # numbers of a row that has times out of place and in place, without and with those of iterations
 _LARGEST = 1e18
 _LONGEST_LINE = 2000  # characters; no row has more, and patterns would search the rest for long
 # "host:pid:thread [gpu] file:line NCCL WARN", with the day in front or without; a host that starts with a digit starts
@@ -71,6 +72,11 @@ def read_sections(path: Path, text: str) -> list[Section]:
     return reader.sections
 
 
+def holds_rows(text: str) -> bool:
+    """Whether a line of the text is a row of a table."""
+    return any(_ROW.fullmatch(line[:_LONGEST_LINE]) for line in text.splitlines())
+
+
 class _Reader:
     """Sorts lines into sections."""
 
@@ -91,6 +97,7 @@ class _Reader:
         before = self.current
         self.sections.append(Section(line, self.name))
         self.current.launch = self.launch or before.launch
+        self.current.launched = None if self.launch else before.launched or before
         self.current.version = self.version
         self.current.forced = self.forced if self.launch or self.forced else dict(before.forced)
         self.name, self.launch, self.version, self.forced = None, "", None, {}
@@ -114,11 +121,13 @@ class _Reader:
         elif rank := _RANK.search(line):
             if current.ended:
                 self.begin(number)
+            place = (rank[3], rank[4], rank[5])
+            if self.current.places.setdefault(int(rank[1]), place) != place:
+                self.refuse(number, f"rank {rank[1]} is listed twice: the output of several runs is mixed")
             self.current.ranks[int(rank[1])] = (rank[3], rank[6].strip())
-            self.current.places[int(rank[1])] = (rank[3], rank[4], rank[5])
             self.current.groups.add(rank[2] or "0")
         elif columns := _COLUMNS.search(line):
-            if current.ended:
+            if current.ended or current.rows:
                 self.begin(number)
             self.current.unit_s = 1e-3 if columns[1] == "bytes" else 1e-6  # before version 2: milliseconds
             if "cputime" in line:
@@ -189,26 +198,49 @@ class _Reader:
 
 
 def _whole_rows(text: str) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers; a row in whose middle NCCL wrote messages is one line again."""
+    """Lines with their numbers; a row that NCCL's messages or the width of a page cut in two is one line again."""
     cut: tuple[int, str] | None = None
+    by_message, prefix = False, ""  # of the row, which a launcher puts in front of its second half, too
     for number, line in enumerate(text.splitlines(), start=1):
         line = _GLUED.sub(r"\1 ", line[:_LONGEST_LINE])
         message = _MESSAGE.search(line)
         piece = _LAUNCHER.sub(" ", line[: message.start()] if message else line).rstrip()
         words = piece.split()
-        if cut and words and all(word == "N/A" or _NUMBER.fullmatch(word) for word in words):
-            cut = (cut[0], f"{cut[1]} {piece}")
-            continue
+        of_prefix = len(prefix.split())
+        rest = words[of_prefix:] if _without_digits(" ".join(words[:of_prefix])) == prefix else words
+        if cut and rest and all(map(_is_number, rest)):
+            joined = f"{cut[1]} {' '.join(rest)}"
+            if by_message or _num_values(joined) in _BOTH:
+                cut = (cut[0], joined)
+                continue
         row = _ROW.match(piece)
         if cut and (row or words):
             yield cut
             cut = None
-        if row and message:
-            cut = (number, piece)
+        if row and (message or _num_values(piece) < min(_BOTH)):
+            cut, by_message = (number, piece), message is not None
+            prefix = _without_digits(" ".join(piece[: row.start(1)].split()))
         else:
             yield number, piece if row else line
     if cut:
         yield cut
+
+
+def _without_digits(text: str) -> str:
+    """The form of a prefix, whose time differs from line to line."""
+    return re.sub(r"\d", "0", text)
+
+
+def _is_number(word: str) -> bool:
+    return word == "N/A" or _NUMBER.fullmatch(word) is not None
+
+
+def _num_values(row: str) -> int:
+    """How many numbers a row has behind its type, reduction and root, if nothing else follows them."""
+    match = _ROW.match(row)
+    words = match[4].split() if match else []
+    words = words[1:] if words and not _is_number(words[0]) else words
+    return len(words) - (words[:1] == ["-1"]) if all(map(_is_number, words)) else max(_BOTH)
 
 
 def _row(path: Path, number: int, match: re.Match[str]) -> Row:
@@ -222,6 +254,7 @@ def _row(path: Path, number: int, match: re.Match[str]) -> Row:
             values.append(_finite(path, number, word))
         else:
             break  # a time stamp ends the row
+    rounding = any("e" in word for word in words[: len(values)])  # the old format's errors: "0e+00", no counts
     root = None
     if values and (len(values) % 4 == 1 or words[0] == "-1"):
         root = int(float(values.pop(0) or 0))
@@ -241,8 +274,8 @@ def _row(path: Path, number: int, match: re.Match[str]) -> Row:
         taken, algbw, busbw = group[:3]
         measured = taken is not None and algbw is not None and busbw is not None
         times.append(Times(taken, algbw, busbw) if measured else None)  # type: ignore[arg-type] # none is None
-        if len(group) > 3 and group[3] is not None and root is not None:
-            wrong += int(group[3])  # the old format's last column is a rounding error, not a count
+        if len(group) > 3 and group[3] is not None and (root is not None or not rounding):
+            wrong += int(group[3])
     if not any(times):
         raise FileFormatError(path, f"row of {match[1]} bytes has no time", line=number)
     first, second = (*times, None)[:2]

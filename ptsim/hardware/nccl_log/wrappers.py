@@ -25,12 +25,12 @@ _TERMINAL = re.compile(
     r"|\[(?:\d{1,3};)*\d{1,3}m|\x1b[@-_=>()][0-9A-B]?"  # colours that lost their first character; others
 )
 _TAG = re.compile(r"</?(?:br|code|div|font|p|pre|span|td|tr)\b[^<>]*>|</?stdout rank[^<>]*>|</stdout>", re.IGNORECASE)
-_END = " \t\"',;|"  # of a quoted cell of a table
+_END = " \t\"',;|`"  # of a quoted cell of a table, or of code
 _MOST_LEVELS = 4  # of objects inside each other
 
 
 def unwrapped(text: str) -> str:
-    """The text without what was wrapped around its lines; of a JSON document that holds no lines the same text.
+    """The text without what was wrapped around its lines.
 
     A line keeps its number, but in a document of many lines and where an entry holds several.
     """
@@ -42,8 +42,6 @@ def unwrapped(text: str) -> str:
     if any(entry is not None for entry in found):
         pieces = [line + "\n" if entry is None else entry for line, entry in zip(lines, found, strict=True)]
         lines = "\n".join(_joined(pieces)).split("\n")
-    elif text.lstrip().startswith("{"):
-        return text
     return _without_marks("\n".join(_whole(lines)))
 
 
@@ -129,4 +127,4 @@ def _without_marks(text: str) -> str:
     text = _TERMINAL.sub("", text)
     if "<" in text or "&" in text:
         text = html.unescape(_TAG.sub("", text))
-    return "\n".join(line.rstrip(_END) for line in text.splitlines())
+    return "\n".join(line.rstrip(_END).removesuffix("\\n").rstrip() for line in text.splitlines())
