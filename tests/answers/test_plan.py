@@ -216,9 +216,28 @@ class TestTargets:
         for share in (nearest, other):
             assert min(abs(share - it) for it in possible) < 0.001
         option, _, rest = (caught.value.hint or "").removeprefix("--pruning ").partition(" ")
-        assert rest == "asks for the nearest"
+        assert rest == "asks for the nearest that can be planned"
         found = fractions(plan(f"{file}:narrow", **size, pruning=option))
         assert found.inference_flops_fraction == pytest.approx(nearest, abs=0.001)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("draws", [1, 3])
+    def test_what_is_proposed_is_planned(self, tmp_path: Path, draws: int) -> None:
+        """Most channels are normalised together and stay: the inference FLOPs asked for cannot be, nor at first the
+        training FLOPs beside those that can."""
+        file = tmp_path / "mostly.py"
+        file.write_text(
+            "from torch import nn\n"
+            "def mostly(num_classes=10):\n"
+            "    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(1, 16), nn.Conv2d(16, 16, 3, groups=2),\n"
+            "        nn.ReLU(), nn.Conv2d(16, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n"
+        )
+        size = {**BASE, "input_shape": (3, 8, 8), "draws": draws}
+        with pytest.raises(UsageError, match=r"has inference=0.4; the nearest is inference=0.4\d") as caught:
+            plan(f"{file}:mostly", **size, pruning="training=0.5,inference=0.4")
+        option, _, rest = (caught.value.hint or "").removeprefix("--pruning ").partition(" ")
+        assert rest == "asks for the nearest that can be planned"
+        assert plan(f"{file}:mostly", **size, pruning=option).draws[draws - 1 :] == ()
 
 
 class TestEngine:
