@@ -188,6 +188,8 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
     images, epochs = given("images", options.images), given("epochs", options.epochs)
     interval = given("interval", options.interval, DEFAULT_INTERVAL)
     num_classes = given("classes", options.num_classes, entry.num_classes)
+    if options.num_classes is not None:
+        entry.classes(num_classes)
     shape = options.input_shape or entry.input_shape
     asked = _Asked(
         model=model,

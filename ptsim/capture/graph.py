@@ -33,6 +33,7 @@ from ptsim.capture.standins import NOT_THE_CODE
 from ptsim.capture.tracers import ShapedTracer, Tracer
 from ptsim.capture.words import named_values
 from ptsim.errors import UnsupportedModelError, lacks_memory, on_one_line
+from ptsim.units import format_shape
 
 _ASKS = "the code asks what kind of thing a value is"
 
@@ -253,7 +254,7 @@ def naming_the_image(model: nn.Module, input_shape: tuple[int, int, int]) -> Ite
     except Exception as error:  # the model's own code runs here
         if lacks_memory(error):
             raise
-        shape = "×".join(str(n) for n in input_shape)
+        shape = format_shape(input_shape)
         raise UnsupportedModelError(
             f"{type(model).__name__} fails on an image of {shape}: {_one_line(error)}"
         ) from error

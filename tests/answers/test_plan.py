@@ -221,23 +221,23 @@ class TestTargets:
         assert found.inference_flops_fraction == pytest.approx(nearest, abs=0.001)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("draws", [1, 3])
+    @pytest.mark.parametrize("draws", [1, 2])
     def test_what_is_proposed_is_planned(self, tmp_path: Path, draws: int) -> None:
-        """Most channels are normalised together and stay: the inference FLOPs asked for cannot be, nor at first the
-        training FLOPs beside those that can."""
+        """Most channels stay: the inference FLOPs cannot be, nor can the training FLOPs beside the nearest that can."""
         file = tmp_path / "mostly.py"
         file.write_text(
             "from torch import nn\n"
             "def mostly(num_classes=10):\n"
-            "    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(1, 16), nn.Conv2d(16, 16, 3, groups=2),\n"
-            "        nn.ReLU(), nn.Conv2d(16, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n"
+            "    return nn.Sequential(nn.Conv2d(3, 64, 3), nn.GroupNorm(1, 64), nn.Conv2d(64, 128, 1), nn.ReLU(),\n"
+            "        nn.Conv2d(128, 64, 1, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+            "        nn.Linear(64, num_classes))\n"
         )
         size = {**BASE, "input_shape": (3, 8, 8), "draws": draws}
-        with pytest.raises(UsageError, match=r"has inference=0.4; the nearest is inference=0.4\d") as caught:
-            plan(f"{file}:mostly", **size, pruning="training=0.5,inference=0.4")
+        with pytest.raises(UsageError, match=r"has inference=0.05; the nearest is inference=0.1\d") as caught:
+            plan(f"{file}:mostly", **size, pruning="training=0.2,inference=0.05")
         option, _, rest = (caught.value.hint or "").removeprefix("--pruning ").partition(" ")
         assert rest == "asks for the nearest that can be planned"
-        assert plan(f"{file}:mostly", **size, pruning=option).draws[draws - 1 :] == ()
+        assert len(plan(f"{file}:mostly", **size, pruning=option).draws) == draws - 1
 
 
 class TestEngine:
