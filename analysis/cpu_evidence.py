@@ -32,7 +32,7 @@ from processes import run_together
 
 import ptsim
 from ptsim.errors import PtsimError
-from ptsim.training.runfolder import CONFIG
+from ptsim.trace.io import CONFIG
 
 EPOCHS = 40
 IMAGES = 10_000

@@ -24,9 +24,10 @@ from processes import epochs_of, num_epochs, run_together
 import ptsim
 from ptsim.errors import FileFormatError
 from ptsim.textfile import write_whole
+from ptsim.trace.io import CONFIG
 from ptsim.training.config import Config
 from ptsim.training.datasets import load_data
-from ptsim.training.runfolder import CHECKPOINTS, CONFIG
+from ptsim.training.runfolder import CHECKPOINTS
 
 MAX_FILE_BYTES = 16 * 2**20
 _TAR_BYTES = 2048  # of every file in an archive, at most: a header and the end of its last block

@@ -278,6 +278,11 @@ def time_stamp() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def format_shape(shape: Sequence[int]) -> str:
+    """Sizes of axes, for example of an image: "3×224×224"."""
+    return "×".join(map(str, shape))
+
+
 def listed(names: Sequence[str]) -> str:
     """Names in a sentence: "a", "a and b", "a, b and c"."""
     *first, last = names

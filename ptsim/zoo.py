@@ -25,12 +25,29 @@ Builder = Callable[..., Any]  # called with num_classes=…, returns a torch.nn.
 
 @dataclasses.dataclass(frozen=True)
 class ModelEntry:
-    """A network that can be made: its builder, the image it expects and its usual number of classes."""
+    """A network that can be made: its builder, the image it expects and its usual number of classes.
+
+    `takes_classes`: the builder makes it for any number of classes; else it is the same for every number.
+    """
 
     name: str
     build: Builder
     input_shape: tuple[int, int, int]
     num_classes: int
+    takes_classes: bool = True
+
+    def classes(self, wanted: int | None) -> int:
+        """The number of classes to make it for: the usual one if None is wanted.
+
+        Raises:
+            UsageError: a number on which the network does not depend.
+        """
+        if wanted is not None and not self.takes_classes:
+            raise UsageError(
+                f"{self.name} has no argument num_classes, so that its network would be the same for {wanted} classes",
+                hint="leave the number of classes out, or give the function the argument",
+            )
+        return self.num_classes if wanted is None else wanted
 
 
 _ENTRIES: dict[str, ModelEntry] = {}
@@ -107,10 +124,10 @@ def create(name: str, *, num_classes: int | None = None) -> Any:
     """A freshly initialised network (a `torch.nn.Module`) with `num_classes` outputs, the entry's usual number if None.
 
     Raises:
-        UnknownNameError, UsageError: see `find`; also when a user's function fails or returns no module.
+        UnknownNameError, UsageError: see `find` and `classes`; also when a user's function fails or returns no module.
     """
     entry = find(name)
-    return entry.build(num_classes=entry.num_classes if num_classes is None else num_classes)
+    return entry.build(num_classes=entry.classes(num_classes))
 
 
 def _load_models() -> None:
@@ -166,4 +183,4 @@ def _from_file(path: Path, function_name: str) -> ModelEntry:
         num_classes = positive_number("num_classes", getattr(function, "num_classes", usual))
     except UsageError as error:
         raise UsageError(f"{name}: its {error.message}") from error
-    return ModelEntry(name=name, build=build, input_shape=shape, num_classes=num_classes)
+    return ModelEntry(name, build, shape, num_classes, takes_classes)

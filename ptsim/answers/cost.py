@@ -60,6 +60,7 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     For a trace, everything but `epochs` is of the network that the run ended with.
 
     Attributes:
+        input_shape: channels, height and width of the images.
         origin: of the trace: "recorded", "planned" or "imported"; None for a model.
         batch: images per device that memory and traffic are of.
         passes: forward and backward passes over it whose gradients accumulate; 1 unless a trace has more.
@@ -81,6 +82,7 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
+    input_shape: tuple[int, int, int]
     origin: str | None
     architecture: str
     convention: Convention
@@ -201,6 +203,7 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
     gpu = runs_on.is_gpu if runs_on is not None else trace is None or trace.run.device.kind != "cpu"
     return CostReport(
         name=network.name,
+        input_shape=network.input_shape,
         origin=None if trace is None else trace.run.origin,
         architecture=network.id,
         convention=convention,

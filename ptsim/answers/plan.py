@@ -43,6 +43,7 @@ TOLERANCE = 0.005  # how far a planned fraction may be from its target
 DEFAULT_INTERVAL = 5
 MOST_DRAWS = 100
 _MOST_RECONFIGURATIONS = 1000  # each takes a network to be made and counted
+_PROPOSALS = 6  # fractions near those that cannot be, which are tried out before they are proposed
 _CORRECTIONS = 2  # of the table that turns widths into costs, which bring nothing any more; most plans need none
 
 
@@ -115,9 +116,7 @@ def plan(model: str, options: PlanOptions | None = None, **changes: Any) -> Trac
     )
     if not dense.edges and asked.pruning != "none":
         raise UsageError(f"{model} has no channel that can be pruned")
-    typical, *others = (
-        _planned(msgspec.structs.replace(asked, seed=asked.seed + i), dense, kind) for i in range(wanted.draws)
-    )
+    typical, *others = _planned(asked, dense, kind, wanted.draws)
     return _with_draws(typical, others)
 
 
@@ -189,6 +188,8 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
     images, epochs = given("images", options.images), given("epochs", options.epochs)
     interval = given("interval", options.interval, DEFAULT_INTERVAL)
     num_classes = given("classes", options.num_classes, entry.num_classes)
+    if options.num_classes is not None:
+        entry.classes(num_classes)
     shape = options.input_shape or entry.input_shape
     asked = _Asked(
         model=model,
@@ -274,22 +275,32 @@ def _data_name(given: str | None, images: int, num_classes: int, input_shape: tu
 
 
 class _Search(msgspec.Struct, frozen=True, kw_only=True):
-    """What a search came to: the plan that has what is aimed at, if any, and what all that were made have."""
+    """What a search came to: the plan that has what is aimed at, if any, and what all that were made have.
+
+    `refusal` says why where nothing can have it, whatever the widths; then `reached` has what is nearest.
+    """
 
     trace: Trace | None
     aimed: dict[str, float]
     reached: tuple[dict[str, float], ...]
+    refusal: str | None = None
 
 
-def _planned(asked: _Asked, dense: Dense, kind: object) -> Trace:
-    search = _search(asked, dense, kind)
-    if search.trace is None:
-        raise _refusal(asked, dense, search)
-    return search.trace
+def _planned(asked: _Asked, dense: Dense, kind: object, draws: int) -> list[Trace]:
+    """A plan for each of so many seeds."""
+    planned: list[Trace] = []
+    for seed in range(asked.seed, asked.seed + draws):
+        drawn = msgspec.structs.replace(asked, seed=seed)
+        search = _search(drawn, dense, kind)
+        if search.trace is None:
+            raise _refusal(drawn, dense, search, range(asked.seed, asked.seed + draws))
+        planned.append(search.trace)
+    return planned
 
 
 def _search(asked: _Asked, dense: Dense, kind: object) -> _Search:
     from ptsim.prune.trajectories.problem import Kind, Problem
+    from ptsim.prune.trajectories.targets import OutOfReachError
 
     make: Kind = kind  # type: ignore[assignment] # of `find_kind`
     table = dense.table
@@ -305,7 +316,12 @@ def _search(asked: _Asked, dense: Dense, kind: object) -> _Search:
             table=table,
             seed=asked.seed,
         )
-        trajectory = make(asked.pruning, problem)
+        try:
+            trajectory = make(asked.pruning, problem)
+        except OutOfReachError as error:
+            if found:
+                break
+            return _Search(trace=None, aimed=error.aimed, reached=(error.nearest,), refusal=error.message)
         steps = list(dense.reconfigured(trajectory.widths))
         trace = _trace(asked, dense, trajectory, steps)
         aimed, reached = trajectory.targets, _reached(trace, trajectory)
@@ -319,27 +335,69 @@ def _search(asked: _Asked, dense: Dense, kind: object) -> _Search:
     return _Search(trace=None, aimed=aimed, reached=tuple(found))
 
 
-def _refusal(asked: _Asked, dense: Dense, search: _Search) -> UsageError:
-    """Says what comes nearest, on both sides where both are found, and how to ask for it where that is planned."""
+def _refusal(asked: _Asked, dense: Dense, search: _Search, seeds: Sequence[int]) -> UsageError:
+    """Says what comes nearest, on both sides where both are found, and how to ask for what can be planned.
+
+    Args:
+        asked: what the search was for, its seed too.
+        dense: the network.
+        search: what it came to.
+        seeds: all that are to be planned.
+    """
+    if search.refusal is not None:
+        return UsageError(search.refusal, hint=_proposal(asked, dense, search, seeds))
     aimed, reached = search.aimed, search.reached
     nearest, other = _sides(aimed, reached)
     if other is None:
         name = _farthest(nearest, aimed)
         beyond = _search_for(asked, dense, aimed | {name: 2 * aimed[name] - nearest[name]})
-        nearest, other = _sides(aimed, reached if beyond is None else (*reached, *beyond.reached))
-    again = _search_for(asked, dense, nearest)
-    text = None if again is None or again.trace is None else again.trace.run.hyperparameters["pruning"]
+        if beyond is not None and beyond.refusal is None:
+            reached += beyond.reached
+            nearest, other = _sides(aimed, reached)
     wanted, found = (", ".join(f"{name}={round(value, 3):g}" for name, value in of.items()) for of in (aimed, nearest))
     if other is not None:
         found += f", on the other side {', '.join(f'{name}={round(value, 3):g}' for name, value in other.items())}"
     return UsageError(
         f"no pruning of {asked.model} was found that has {wanted}; the nearest has {found}",
-        hint=None if text is None else f"--pruning {text} asks for the nearest",
+        hint=_proposal(asked, dense, msgspec.structs.replace(search, reached=reached), seeds),
     )
 
 
+def _proposal(asked: _Asked, dense: Dense, search: _Search, seeds: Sequence[int]) -> str | None:
+    """How to ask for the nearest that is planned when it is asked for; None where none of the first that are tried is.
+
+    Fractions that a network has are no promise: a search for them may go another way and miss them.
+    """
+    from ptsim.prune.trajectories import find_kind
+    from ptsim.prune.trajectories.catalog import with_targets
+
+    waiting: dict[str, float] = {}  # how far each is
+    tried: list[str] = []
+
+    def note(pruning: str, found: Sequence[dict[str, float]]) -> None:
+        for reached in found:
+            waiting.setdefault(with_targets(pruning, reached), _miss(reached, search.aimed))
+
+    try:
+        note(asked.pruning, search.reached)
+        while len(tried) < _PROPOSALS and (left := waiting.keys() - tried):
+            tried.append(min(left, key=waiting.__getitem__))
+            again = msgspec.structs.replace(asked, pruning=tried[-1])
+            kind = find_kind(tried[-1])
+            for seed in seeds:
+                found = _search(msgspec.structs.replace(again, seed=seed), dense, kind)
+                if found.trace is None:
+                    note(tried[-1], found.reached)
+                    break
+            else:
+                return f"--pruning {tried[-1]} asks for the nearest that can be planned"
+    except UsageError:  # a pruning that takes no fractions
+        return None
+    return None
+
+
 def _search_for(asked: _Asked, dense: Dense, targets: Mapping[str, float]) -> _Search | None:
-    """The same run with other targets; None where its pruning takes none, or these cannot be."""
+    """The same run with other targets; None where its pruning takes none, or not these."""
     from ptsim.prune.trajectories import find_kind
     from ptsim.prune.trajectories.catalog import with_targets
 

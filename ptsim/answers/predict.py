@@ -48,6 +48,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """One training step, predicted.
 
     Attributes:
+        input_shape: channels, height and width of the images.
         batch: images per GPU.
         step_seconds: of the whole step; on a cluster with the communication that computation does not hide.
         low, high: 90 % interval of `step_seconds`, in seconds.
@@ -69,6 +70,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: str
+    input_shape: tuple[int, int, int]
     device: str
     cluster: str | None
     gpus: int
@@ -253,6 +255,7 @@ def _prediction(
     energy = step_energy(own, device, waiting_s=waiting_s, within=within) if device.is_gpu else None
     return Prediction(
         model=network.name,
+        input_shape=network.input_shape,
         device=device.name,
         cluster=None if cluster is None else cluster.name,
         gpus=count,

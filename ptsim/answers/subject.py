@@ -179,7 +179,7 @@ def captured(subject: Any, input_shape: tuple[int, int, int] | None, num_classes
             if name and Path(name).is_dir():  # meant as a run folder
                 trace_path(Path(name))
             raise
-        classes = entry.num_classes if num_classes is None else num_classes
+        classes = entry.classes(num_classes)
         shape = input_shape or entry.input_shape
         return capture_network(entry.build(num_classes=classes), name=name, input_shape=shape, num_classes=classes)
     if input_shape is None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ptsim.capture.calls import DEEPEST, HOLDERS, objects_of, parts_of
 from ptsim.capture.closures import FunctionTwins
+from ptsim.errors import UnsupportedModelError
 
 _HOME = "_ptsim_device"  # attribute of a hollow copy: where the original is
 _PRUNINGS = "_ptsim_"  # how the attributes begin that pruning keeps on modules
@@ -103,7 +104,15 @@ def hollow_copy(model: nn.Module, device: str | None = None) -> nn.Module:
 
     Its BatchNorms average their statistics with a fixed momentum, since an average over all batches (momentum None)
     reads a counter's value, which is not there.
+
+    Raises:
+        UnsupportedModelError: a parameter has no shape yet.
     """
+    if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has lazy modules, whose parameters have no shape yet",
+            hint="run one image through the model before it is handed over",
+        )
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         if device:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import inspect
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from ptsim.capture.standins import NOT_THE_CODE
 from ptsim.capture.tracers import ShapedTracer, Tracer
 from ptsim.capture.words import named_values
 from ptsim.errors import UnsupportedModelError, lacks_memory, on_one_line
+from ptsim.units import format_shape
 
 _ASKS = "the code asks what kind of thing a value is"
 
@@ -79,8 +81,9 @@ def symbolic_graph(
     draws from generators of its own. In training torch follows gradients, in evaluation it does not.
 
     Raises:
-        UnsupportedModelError: neither can trace the model.
+        UnsupportedModelError: neither can trace the model, or its forward needs more than the images.
     """
+    _check_takes_images(model)
     name = type(model).__name__
     makers: dict[Way, Callable[[], Tracer]] = {Way.PLAIN: functools.partial(Tracer, buffers=buffers, backward=buffers)}
     if images_shape is not None:
@@ -127,6 +130,21 @@ def symbolic_graph(
     module.meta["traced_by"], module.meta["way"] = "torch.fx", way
     module.meta["draws"], module.meta["changes"] = not start.is_now(), changed
     return module
+
+
+def _check_takes_images(model: nn.Module) -> None:
+    """Refuse a network whose forward cannot be called with the images alone."""
+    try:
+        signature = inspect.signature(model.forward)
+    except ValueError:  # of compiled code, which does not say
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"the forward of {type(model).__name__} cannot be called with the images alone: {error}",
+            hint="give its other arguments defaults, or wrap the network in a module that makes them from the images",
+        ) from error
 
 
 def _exported(
@@ -236,7 +254,7 @@ def naming_the_image(model: nn.Module, input_shape: tuple[int, int, int]) -> Ite
     except Exception as error:  # the model's own code runs here
         if lacks_memory(error):
             raise
-        shape = "×".join(str(n) for n in input_shape)
+        shape = format_shape(input_shape)
         raise UnsupportedModelError(
             f"{type(model).__name__} fails on an image of {shape}: {_one_line(error)}"
         ) from error

@@ -192,7 +192,7 @@ def _gradients(node: fx.Node, step: Step, kind: LayerKind, op: str) -> tuple[boo
 
 
 def _note_recomputation(network: Network, element_bytes: int) -> None:
-    """A warning where less is kept than the layers need in backward: the graph looks through `checkpoint`.
+    """A warning where less is kept than the layers need: graphs look into `checkpoint` and `torch.autograd.Function`.
 
     `element_bytes` is of its weights. A network whose own code casts them keeps less for that reason.
     """
@@ -202,8 +202,9 @@ def _note_recomputation(network: Network, element_bytes: int) -> None:
         as_it_is = (seen.device, seen.half) == ("cpu", False) and not seen.weight_copy_bytes
         if as_it_is and kept < 0.999 * listed:
             warnings.warn(
-                f"{network.name} computes activations again in backward (torch.utils.checkpoint): the second time is "
-                "not among its MACs and traffic; its peak memory is that of the step as it runs",
+                f"{network.name} keeps less than its layers need for backward (by torch.utils.checkpoint or a backward "
+                "of its own): what is computed a second time is not among its MACs and traffic; its peak memory is "
+                "that of the step as it runs",
                 stacklevel=3,
             )
 

@@ -26,7 +26,6 @@ from ptsim.capture.hollow import NoArithmetic
 from ptsim.capture.kept import KeptStorages
 from ptsim.capture.looking import let_hooks_look
 from ptsim.capture.ways import read_alone
-from ptsim.errors import UnsupportedModelError
 
 Shape = tuple[int, ...]
 
@@ -97,14 +96,8 @@ def rehearse(
         backward: go back as well; without, `ready` and `idle` are empty.
 
     Raises:
-        UnsupportedModelError: torch.fx cannot trace the model, its forward fails on such an image, or a parameter has
-            no shape yet.
+        UnsupportedModelError: see `symbolic_graph` and `hollow_copy`; or its forward fails on such an image.
     """
-    if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has lazy modules, whose parameters have no shape yet",
-            hint="run one image through the model before it is handed over",
-        )
     mode = NoArithmetic() if hollow else contextlib.nullcontext()
     with warnings.catch_warnings(), random_state_kept(model, []), mode, torch.device("cpu"), torch.enable_grad():
         warnings.simplefilter("ignore")  # the model's own: a rehearsal is not the place to repeat them

@@ -88,15 +88,19 @@ class Recapture:
 
 
 def thin_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model without storage that can compute: every tensor is one zero, seen at its shape."""
+    """A copy of a model without storage that can compute.
+
+    Every parameter is one zero, seen at its shape; buffers, which are small and into which code may write, are whole.
+    """
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-        is_meta = tensor.device.type == "meta"
-        if isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = nn.Parameter(zeros, tensor.requires_grad) if is_meta else tensor
+        if tensor.device.type != "meta":
+            memo[id(tensor)] = tensor
+        elif isinstance(tensor, nn.Parameter):
+            zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+            memo[id(tensor)] = nn.Parameter(zeros, tensor.requires_grad)
         else:
-            memo[id(tensor)] = zeros if is_meta else tensor
+            memo[id(tensor)] = torch.zeros(tensor.shape, dtype=tensor.dtype)
     return copy.deepcopy(model, memo)
 
 

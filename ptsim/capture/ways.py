@@ -140,6 +140,21 @@ def unused_nodes(graph: fx.GraphModule, kept: Collection[fx.Node] = ()) -> list[
     return [node for node in unused if node.target not in MARKS]
 
 
+def combining(unused: Iterable[fx.Node]) -> set[fx.Node]:
+    """Of the unused nodes those that take several values, whose shapes have to agree, and what leads to them.
+
+    A residual stream goes on to its end, for example, where only skip connections are read.
+    """
+    unused = dict.fromkeys(unused)
+    found: set[fx.Node] = set()
+    for node in unused:  # from the last to the first
+        if node not in found and node.target not in READING and len(node.all_input_nodes) > 1:
+            found.add(node)
+        if node in found:
+            found.update(given for given in node.all_input_nodes if given in unused)
+    return found
+
+
 def left_for_the_loop(graph: fx.GraphModule) -> list[fx.Node]:
     """What the code leaves in attributes and does not use itself: a second output, for a loss in the loop to read."""
     left, unused = left_behind(graph.meta["changes"]), set(unused_nodes(graph))

@@ -19,7 +19,7 @@ from ptsim.costs.run import EpochCost
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName
 from ptsim.trace.trace import planned_mark
-from ptsim.units import counted, format_bytes, format_count, format_seconds
+from ptsim.units import counted, format_bytes, format_count, format_seconds, format_shape
 
 
 def cost(
@@ -91,7 +91,12 @@ def _print(report: CostReport, *, layers: bool) -> None:
 
 def _summary(report: CostReport) -> Table:
     name = planned_mark(report.origin or "") + report.name
-    table = Table(title=f"{name}: cost of training", box=SIMPLE_HEAD, show_header=False, title_justify="left")
+    table = Table(
+        title=f"{name} at {format_shape(report.input_shape)}: cost of training",
+        box=SIMPLE_HEAD,
+        show_header=False,
+        title_justify="left",
+    )
     table.add_column(style="bold")
     table.add_column()
     need = report.memory
@@ -173,7 +178,7 @@ def _layers(report: CostReport) -> Table:
         table.add_row(
             row.layer,
             row.op,
-            "×".join(str(size) for size in row.output_shape),
+            format_shape(row.output_shape),
             format_count(row.parameters),
             format_count(row.forward_macs),
             format_count(row.weight_gradient_macs + row.input_gradient_macs),

@@ -10,11 +10,11 @@ from cyclopts import Parameter
 from ptsim import __version__
 from ptsim.cli.common import print_json, print_line, users_code
 from ptsim.cli.options import Json, Out
-from ptsim.cli.reading import check_output, check_run_folder
+from ptsim.cli.reading import check_output
 from ptsim.errors import UsageError
 from ptsim.setting import Sharding
 from ptsim.textfile import check_writable
-from ptsim.trace.io import read_trace
+from ptsim.trace.io import read_trace, run_folder
 
 Format = Literal["chrome", "chakra", "parquet", "onnx"]
 
@@ -79,8 +79,7 @@ def _write(
     if format == "onnx":
         if trace.is_file():
             read_trace(trace).require_measured("take weights from")
-        folder = trace if trace.is_dir() else trace.parent
-        check_run_folder(folder)
+        folder = run_folder(trace if trace.is_dir() else trace.parent)  # before torch is imported
         from ptsim.export.onnx import export_onnx
         from ptsim.training.runfolder import load_model, load_recipe
 

@@ -11,7 +11,7 @@ from ptsim import zoo
 from ptsim.cli.common import print_json, stdout_console, users_code
 from ptsim.cli.options import Json, NetworkOptions
 from ptsim.errors import UsageError
-from ptsim.units import format_count
+from ptsim.units import format_count, format_shape
 
 if TYPE_CHECKING:
     from ptsim.prune.proof import GroupReport, Inspection
@@ -58,7 +58,7 @@ def _answer(group: GroupReport) -> str:
 
 def _show(found: Inspection) -> None:
     console = stdout_console()
-    table = Table(title=f"{found.model}: channel groups at {'×'.join(map(str, found.input_shape))}")
+    table = Table(title=f"{found.model}: channel groups at {format_shape(found.input_shape)}")
     for column in ("group", "channels", "written and read by", "prunable"):
         table.add_column(column, justify="right" if column == "channels" else "left", overflow="fold")
     for group in found.groups:
@@ -72,7 +72,7 @@ def _show(found: Inspection) -> None:
         why = " Of those that were tried none can go without others." if found.prunable_channels else ""
         console.print(f"{counts}{why} Nothing was pruned, so nothing is proved.")
         return
-    image = "×".join(map(str, found.proof_input))
+    image = format_shape(found.proof_input)
     console.print(
         f"{counts} Proof: "
         f"{found.channels_removed} zeroed and pruned in {format_count(found.proof_parameters)} parameters, images of "

@@ -25,7 +25,7 @@ from ptsim.textfile import check_writable, read_toml
 from ptsim.trace.io import trace_path, write_trace
 from ptsim.trace.pace import changes
 from ptsim.trace.trace import Trace
-from ptsim.units import counted
+from ptsim.units import counted, format_shape
 
 _UNSAID = PlanOptions()
 
@@ -94,7 +94,8 @@ def plan(
     with users_code():
         trace = plan_run(model, run.options())
     documents = [msgspec.to_builtins(fractions(drawn)) for drawn in trace.drawn()]
-    document = {"trace": str(write_trace(out, trace)), **documents[0]}
+    place = {"trace": str(write_trace(out, trace)), "input_shape": trace.final_network.input_shape}
+    document = place | documents[0]
     if json:
         print_json(document | {"draws": documents[1:]})
     else:
@@ -120,8 +121,9 @@ def _show(document: dict[str, Any], draws: list[dict[str, Any]], trace: Trace) -
     changed = len(changes(trace))
     epochs, kinds = counted(len(trace.epochs), "epoch"), counted(document["architectures"], "architecture")
     removing = counted(changed, "reconfiguration that removes", "reconfigurations that remove")
+    shape = format_shape(document["input_shape"])
     console.print(
-        f"{document['trace']}: planned, {epochs}, {kinds}, {removing} channels",
+        f"{document['trace']}: planned at {shape}, {epochs}, {kinds}, {removing} channels",
         highlight=False,
     )
     console.print(

@@ -14,7 +14,7 @@ from ptsim.cli.common import print_json, stdout_console, users_code
 from ptsim.cli.options import Json, NetworkOptions, OptimizerOfTrace, Profile
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName, Sharding
-from ptsim.units import format_bytes, format_joules, format_seconds, interval, shown_number
+from ptsim.units import format_bytes, format_joules, format_seconds, format_shape, interval, shown_number
 
 
 def predict(
@@ -79,7 +79,8 @@ def predict(
 def _print(p: Prediction) -> None:
     console = stdout_console(highlight=False)
     where = f"{p.gpus} × {p.device}" + (f" of {p.cluster}" if p.cluster else "")
-    console.print(f"{p.model} on {where}: mini-batch {p.batch} per GPU, {p.precision}, {p.memory_format}")
+    shape = format_shape(p.input_shape)
+    console.print(f"{p.model} at {shape} on {where}: mini-batch {p.batch} per GPU, {p.precision}, {p.memory_format}")
     rates = interval(shown_number(None, p.low_images_per_second), shown_number(None, p.high_images_per_second))
     times = interval(format_seconds(p.low), format_seconds(p.high))
     console.print(

@@ -129,19 +129,6 @@ def parse_bytes(name: str, text: str) -> int:
     return int(size)
 
 
-def check_run_folder(folder: Path) -> None:
-    """Find out, before torch is imported, that no run is there.
-
-    Raises:
-        UsageError: the folder holds no configuration of a run.
-        FileFormatError: it is a file.
-    """
-    if os.path.isfile(folder):
-        raise FileFormatError(folder, "found a file, expected a run folder")
-    if not os.path.isfile(folder / "config.toml"):
-        raise UsageError(f"{folder} holds no run (no config.toml)")
-
-
 def check_output(out: Path, *inputs: Path) -> None:
     """Keep a command from writing over what it reads, and over a run that somebody has trained.
 

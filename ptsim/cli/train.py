@@ -17,9 +17,10 @@ from rich.table import Table
 from ptsim import zoo
 from ptsim.cli.common import print_json, say, stdout_console, users_code
 from ptsim.cli.options import Json, Settings
-from ptsim.cli.reading import check_run_folder, read_settings
+from ptsim.cli.reading import read_settings
 from ptsim.errors import UsageError
 from ptsim.textfile import check_folder_writable, read_toml
+from ptsim.trace.io import run_folder
 from ptsim.training.config import Config, to_settings
 from ptsim.training.sources import DATASETS, data_source
 
@@ -130,7 +131,7 @@ def _check_paths(config: Path | None, overrides: Overrides, out: Path | None, ru
     """Find a wrong path before torch is imported."""
     for folder in runs:
         if folder is not None:
-            check_run_folder(folder)
+            run_folder(folder)
     if overrides.dataset in DATASETS.own and overrides.data_dir is not None and not os.path.isdir(overrides.data_dir):
         uses = data_source(overrides.dataset).uses
         if "data_dir" in uses and "download" not in uses:

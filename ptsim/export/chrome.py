@@ -127,8 +127,12 @@ def profile_timeline(trace: Trace) -> Timeline:
     Raises:
         UsageError: the trace has no profile.
     """
+    trace.require_measured("put on a time line")
     if not trace.profiles:
-        raise UsageError(f"{trace.path} holds no per-layer profile, so there is no timeline to export")
+        raise UsageError(
+            f"{trace.path} holds no per-layer profile, so there is no timeline to export",
+            hint="train with profiles (in a loop of your own: profile=True)",
+        )
     timeline = Timeline(
         device_name=trace.run.device.name,
         memory_bytes=trace.run.device.memory_bytes,

@@ -208,16 +208,11 @@ def labelled(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[nn.Mo
     Raises:
         UnsupportedModelError: see `find_groups`.
     """
-    if any(
-        isinstance(p, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer))
-        for p in (*model.parameters(), *model.buffers())
-    ):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has lazy layers without shapes", hint="call it on an image once before"
-        )
     try:
         with hooks_carried(model):
             bones = skeleton(model)
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # a deep copy runs code of the model's parts
         if lacks_memory(error):
             raise

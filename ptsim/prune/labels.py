@@ -92,6 +92,8 @@ class State:
     `watched` are labels of what a hooked layer takes and gives, which stay if `hooks_meet`: if a hook that changes
     something computes with what another one has left.
 
+    While `aside`, what is called is not used: what its operands share has to fit together, nothing has to stay.
+
     `moves` has what operators give that take apart or rearrange by number, by mode and node: what follows may treat the
     parts unlike.
     """
@@ -121,6 +123,7 @@ class State:
         self.touched: dict[str, str] = {}
         self.watched: list[Tensor] = []
         self.hooks_meet = False
+        self.aside = False
 
     def note(self, touched: Iterable[int], foreign: bool, place: str) -> None:
         """Hooks of what is called `place` write into tensors, or by their values; and with foreign ones, perhaps."""
@@ -188,6 +191,8 @@ class State:
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Positions that meet are one channel; a position that stays freezes the other one."""
+        if self.aside and self.seed is not None:
+            return
         a, b = broadcast(a, b)
         a, b = a.flatten(), b.flatten()
         known = (a != UNKNOWN) & (b != UNKNOWN)
@@ -196,7 +201,7 @@ class State:
         self.pairs.append(torch.stack([a[both], b[both]]))
         for slots, other in ((a, b), (b, a)):
             stays = (slots >= 0) & (other < 0)
-            if bool(stays.any()):
+            if bool(stays.any()) and not self.aside:
                 for code in distinct(other[stays]).tolist():
                     self.frozen.append((slots[stays & (other == code)], -1 - int(code)))
 
@@ -204,7 +209,7 @@ class State:
         """These channels have to stay."""
         slots = label.flatten()
         slots = slots[slots >= 0]
-        if len(slots):
+        if len(slots) and not self.aside:
             self.frozen.append((slots, self._reason(reason)))
 
     def stays(self, value: Tensor, reason: str) -> Tensor:
@@ -222,7 +227,7 @@ class State:
 
     def sensitive(self, label: Tensor) -> None:
         """These channels pass an operator whose result depends on how many they are."""
-        if label.numel() > 1:
+        if label.numel() > 1 and not self.aside:
             slots = label.flatten()
             self.sensitive_slots.append(distinct(slots[slots >= 0]))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +19,7 @@ from ptsim.capture.constants import constants_of
 from ptsim.capture.copies import hollow_copy
 from ptsim.capture.graph import Way, example_input, output_tensors
 from ptsim.capture.tracers import kept_shape, plain_arguments
-from ptsim.capture.ways import READING, each_way, left_for_the_loop, unused_nodes
+from ptsim.capture.ways import READING, combining, each_way, left_for_the_loop, unused_nodes
 from ptsim.capture.words import words_of
 from ptsim.errors import UnsupportedModelError, lacks_memory
 from ptsim.prune import (  # noqa: F401 - they register their rules
@@ -67,8 +67,16 @@ def skeleton(model: nn.Module) -> nn.Module:
 class Propagation(fx.Interpreter):
     """One pass over one graph; slots, pairs and freezes accumulate over several graphs of the same model in `state`."""
 
-    def __init__(self, module: fx.GraphModule, state: State, mode: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        state: State,
+        mode: str,
+        device: torch.device,
+        unused: Collection[fx.Node] = (),
+    ) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self.unused = unused
         self.mode, self.device = mode, device
         self.looked: dict[str, str] = module.meta["looked"]
         self.state = state
@@ -82,6 +90,7 @@ class Propagation(fx.Interpreter):
         with self.device:  # where the code makes tensors without saying where; labels are real
             value = super().run_node(n)
         n.meta["value"] = value
+        self.state.aside = n in self.unused
         known = len(self.state.numbers)
         self.labels[n] = self._rule(n, value)
         if isinstance(value, Tensor) and n.op.startswith("call"):
@@ -96,7 +105,7 @@ class Propagation(fx.Interpreter):
                 else:
                     self.state.sensitive(slots)
         self._numbers(n, known)
-        if self._takes_shapes(n):
+        if self._takes_shapes(n) and not self.state.aside:
             labels = self.labels[n]
             self.state.moves[self.mode, n.name] = () if isinstance(labels, Facets) else tuple(tensor_labels(labels))
         return value
@@ -129,7 +138,7 @@ class Propagation(fx.Interpreter):
                 for slots in [part for n in node.all_input_nodes for part in _flat(self.counts.get(n))]:
                     if len(slots) == int(number):
                         self.state.number(number, slots)
-            if not any(number is used for used, _ in self.state.numbers[known:]):
+            if not self.state.aside and not any(number is used for used, _ in self.state.numbers[known:]):
                 number.fix()
         node.meta["counts"] = len(self.state.numbers) > known or any(number.synced for number in found)
 
@@ -383,8 +392,11 @@ def _followed(
 
     def tell(graph: fx.GraphModule, number: int) -> tuple[int, ...] | None:
         left = left_for_the_loop(graph)
-        for node in unused_nodes(graph, left):
-            graph.graph.erase_node(node)
+        unused = unused_nodes(graph, left)
+        combined = combining(unused)
+        for node in unused:
+            if node not in combined:
+                graph.graph.erase_node(node)
         graph.recompile()
         graphs[number] = graph
         if known is None or graph.meta["draws"] or graph.code != known.code:
@@ -393,7 +405,7 @@ def _followed(
             graph.train(mode == "train")
             name = f"{mode} {number}" if number else mode
             with torch.no_grad(), attributes_restored(model) as changes:
-                propagation = Propagation(graph, state, name, images.device)
+                propagation = Propagation(graph, state, name, images.device, combined)
                 output = propagation.run(images)
                 propagation.keep(left)
                 _hooks_around(model, images, output, state)

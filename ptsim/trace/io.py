@@ -41,6 +41,7 @@ _DECODER: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
 _ENCODER = msgspec.json.Encoder()
 MOST_BYTES = 512 * 2**20  # of a trace: 1000 epochs of a network of 40,000 channels
 MOST_LINE_BYTES = 64 * 2**20  # of a record
+CONFIG = "config.toml"  # of a run of `ptsim train`, in its folder
 _EXPECTED = "expected a trace whose first line is a run record"
 
 
@@ -55,6 +56,26 @@ def trace_path(path: str | Path) -> Path:
     if not os.path.exists(file):
         raise FileFormatError(path, "no trace here; expected a trace.jsonl file or a run folder that holds one")
     return file
+
+
+def run_folder(path: str | Path) -> Path:
+    """The folder of a run of `ptsim train` that is there.
+
+    Raises:
+        UsageError: there is no such run.
+        FileFormatError: a file is in its place.
+    """
+    folder = Path(path)
+    if os.path.isfile(folder):
+        raise FileFormatError(folder, "found a file, expected a run folder")
+    if not os.path.isfile(folder / CONFIG):
+        if not os.path.isfile(folder / "trace.jsonl"):
+            raise UsageError(f"{folder} holds no run (no {CONFIG})")
+        raise UsageError(
+            f"{folder} holds no run of ptsim train (no {CONFIG}), only a trace, and a trace has no weights",
+            hint="the loop that recorded it has its network: PruneTrain.state_dict(), ptsim.load_pruned",
+        )
+    return folder
 
 
 def trace_name(path: str | Path) -> str:

@@ -28,7 +28,7 @@ from ptsim.training.distributed import Team
 from ptsim.training.tracefile import git_revision, library_versions
 from ptsim.training.watch import learning_rate
 from ptsim.training.wrapping import is_compiled
-from ptsim.units import time_stamp
+from ptsim.units import format_shape, time_stamp
 
 # Which optimizer moves as much memory as an unknown one with n states an element; of two with one state the dearer.
 _BY_STATES = {0: "sgd", 1: "rmsprop", 2: "adam"}
@@ -256,7 +256,7 @@ def product_layer(network: nn.Module) -> nn.Module | None:
 def note_image_shape(seen: tuple[int, ...] | None, described: tuple[int, int, int]) -> None:
     """A warning where the images of the last mini-batch are not those that the trace describes."""
     if seen is not None and seen != described:
-        trained, told = ("×".join(map(str, shape)) for shape in (seen, described))
+        trained, told = (format_shape(shape) for shape in (seen, described))
         warnings.warn(
             f"the last mini-batch had images of {trained}, input_shape and the trace say {told}: "
             "the trace's operations and memory are not those of its measured times",

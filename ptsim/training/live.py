@@ -23,6 +23,7 @@ from ptsim.training.data import Batch, Normalization, Share, epoch_order, genera
 from ptsim.training.datasets import DataRequest
 from ptsim.training.facts import num_outputs
 from ptsim.training.wrapping import refuse_spread
+from ptsim.units import format_shape
 
 DATASET = "live"
 Datasets = tuple["torch.utils.data.Dataset[Any]", "torch.utils.data.Dataset[Any]"]  # training, validation
@@ -199,7 +200,7 @@ class LiveData:
         if labels.shape == (len(images), classes) and labels.is_floating_point():
             return images, labels
         if labels.shape != (len(images),):
-            shape = "×".join(map(str, labels.shape))
+            shape = format_shape(labels.shape)
             raise UsageError(
                 f"the classes of {len(images)} images are a tensor of {shape}, expected {len(images)} numbers, or "
                 f"{len(images)}×{classes} shares of the {classes} classes"

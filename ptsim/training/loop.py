@@ -21,7 +21,7 @@ from ptsim.measure.host_memory import keep_freed_memory
 from ptsim.measure.profile import tuned_convolutions
 from ptsim.measure.tf32 import tf32_allowed
 from ptsim.network import Precision
-from ptsim.trace.io import read_trace
+from ptsim.trace.io import read_trace, run_folder
 from ptsim.trace.schema import DeviceInfo, Epoch, Reconfiguration
 from ptsim.training.config import Config, make_config, read_config, resolve, to_settings
 from ptsim.training.data import mixed_seed
@@ -38,7 +38,6 @@ from ptsim.training.runfolder import (
     changed_config,
     check_began_alike,
     default_folder,
-    existing,
     goes_on,
     load_model,
     load_recipe,
@@ -123,7 +122,7 @@ def train(
         if resume is not None:
             if out is not None or isinstance(config, Config | str | Path):
                 raise UsageError("a resumed run takes its configuration and its folder from the run; give changes only")
-            folder = existing(resume)
+            folder = run_folder(resume)
             config = changed_config(folder, config or {})
         else:
             config = _new_config(config, model, data)

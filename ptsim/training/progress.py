@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ptsim.textfile import printable
 from ptsim.trace.schema import Dataset, Epoch, Reconfiguration
-from ptsim.units import counted
+from ptsim.units import counted, format_shape
 
 _T = TypeVar("_T")
 
@@ -87,7 +87,7 @@ class Bars:
         """What is trained on, and a bar of epochs; `label` may be any text, such as the name of a folder."""
         label, self._num_epochs = printable(label), num_epochs
         self._epochs = self._progress.add_task(label, total=num_epochs, completed=done, state="")
-        size = "×".join(map(str, dataset.input_shape))
+        size = format_shape(dataset.input_shape)
         self._console.print(
             f"{label}: {counted(num_epochs, 'epoch')}"
             + (f", {done} done" if done else "")

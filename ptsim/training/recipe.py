@@ -11,6 +11,7 @@ from torch import nn
 
 from ptsim import zoo
 from ptsim.errors import UsageError, lacks_memory, on_one_line
+from ptsim.units import format_shape
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -45,7 +46,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return None
 
     def _in_words(self) -> tuple[str, ...]:
-        shape = "×".join(map(str, self.input_shape))
+        shape = format_shape(self.input_shape)
         channels = "" if self.in_channels is None else f" of {self.in_channels} channels"
         return f"the model {self.model}", f"{self.num_classes} classes", f"images{channels}", f"images of {shape}"
 

@@ -24,7 +24,7 @@ from torch import nn
 from ptsim import zoo
 from ptsim.errors import FileFormatError, PtsimError, UsageError
 from ptsim.textfile import printable, read_bytes, take_lock, umask, write_whole
-from ptsim.trace.io import read_records
+from ptsim.trace.io import CONFIG, read_records, run_folder
 from ptsim.trace.schema import Dataset, DeviceInfo, Run
 from ptsim.training import checkpoint as store
 from ptsim.training import stored
@@ -38,7 +38,7 @@ from ptsim.units import counted
 from ptsim.usercode import digest, source_files
 
 _STALE_S = 1.0  # by then a folder that is being made is locked
-CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
+CHECKPOINTS = "checkpoints"
 CODE = "code"  # the user's file that makes the network and what it imports from beside it, as the run began with them
 _OLDER_CODE = "model.py"  # the file alone
 _ANOTHER = "choose another folder"
@@ -69,7 +69,7 @@ def load_model(
         UsageError: no such run, an epoch that is not stored (lists those that are), or a user's file without `trust`.
         FileFormatError: a damaged checkpoint, or a pickle in its place.
     """
-    path = store.Folder(existing(run) / CHECKPOINTS).of_epoch(epoch)
+    path = store.Folder(run_folder(run) / CHECKPOINTS).of_epoch(epoch)
     description = store.read_checkpoint(path)
     recipe = description.recipe
     if isinstance(model, nn.Module):
@@ -82,7 +82,7 @@ def load_model(
             hint="load_model(…, trust=True) and export --trust run it; load_model(…, model=…) names another",
         )
     else:
-        recipe = msgspec.structs.replace(recipe, model=_made_by(existing(run), recipe))
+        recipe = msgspec.structs.replace(recipe, model=_made_by(run_folder(run), recipe))
     live = model if isinstance(model, nn.Module) else None
     with torch.random.fork_rng(devices=[]), offered(live, None):
         network = pruned_network(recipe, description.structure)
@@ -126,7 +126,7 @@ def load_recipe(run: str | Path, epoch: int | None = None) -> Recipe:
     Raises:
         UsageError, FileFormatError: see `load_model`.
     """
-    return store.read_checkpoint(store.Folder(existing(run) / CHECKPOINTS).of_epoch(epoch)).recipe
+    return store.read_checkpoint(store.Folder(run_folder(run) / CHECKPOINTS).of_epoch(epoch)).recipe
 
 
 def recorded_config(folder: Path) -> Config:
@@ -136,7 +136,7 @@ def recorded_config(folder: Path) -> Config:
         UsageError: there is no run.
         FileFormatError: its configuration is damaged.
     """
-    return from_recorded(read_config(existing(folder) / CONFIG))
+    return from_recorded(read_config(run_folder(folder) / CONFIG))
 
 
 def default_folder(config: Config) -> Path:
@@ -303,18 +303,3 @@ def goes_on(folder: Path, config: Config) -> bytes:
         return b"yes"
     refuse_used_folder(folder)
     return b"no"
-
-
-def existing(path: str | Path) -> Path:
-    """The folder of a run that is there.
-
-    Raises:
-        UsageError: there is no run.
-        FileFormatError: a file is in its place.
-    """
-    folder = Path(path)
-    if folder.is_file():
-        raise FileFormatError(folder, "found a file, expected a run folder")
-    if not (folder / CONFIG).is_file():
-        raise UsageError(f"{folder} holds no run (no {CONFIG})")
-    return folder

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ptsim.errors import FileFormatError, UsageError, on_one_line
 from ptsim.textfile import read_bytes
 from ptsim.training.checkpoint import PICKLE_TOLD_BY, is_pickle, parse_tensors
+from ptsim.units import format_shape
 
 _MOST_BYTES = 2**40
 _INNER = ("state_dict_ema", "state_dict", "model_state_dict", "model")  # where training scripts keep the weights
@@ -139,4 +140,4 @@ def _timm_file(name: str) -> Path:
 
 
 def _shape(tensor: Tensor) -> str:
-    return "×".join(map(str, tensor.shape)) or "a number"
+    return format_shape(tensor.shape) or "a number"

@@ -216,9 +216,28 @@ class TestTargets:
         for share in (nearest, other):
             assert min(abs(share - it) for it in possible) < 0.001
         option, _, rest = (caught.value.hint or "").removeprefix("--pruning ").partition(" ")
-        assert rest == "asks for the nearest"
+        assert rest == "asks for the nearest that can be planned"
         found = fractions(plan(f"{file}:narrow", **size, pruning=option))
         assert found.inference_flops_fraction == pytest.approx(nearest, abs=0.001)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("draws", [1, 2])
+    def test_what_is_proposed_is_planned(self, tmp_path: Path, draws: int) -> None:
+        """Most channels stay: the inference FLOPs cannot be, nor can the training FLOPs beside the nearest that can."""
+        file = tmp_path / "mostly.py"
+        file.write_text(
+            "from torch import nn\n"
+            "def mostly(num_classes=10):\n"
+            "    return nn.Sequential(nn.Conv2d(3, 64, 3), nn.GroupNorm(1, 64), nn.Conv2d(64, 128, 1), nn.ReLU(),\n"
+            "        nn.Conv2d(128, 64, 1, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+            "        nn.Linear(64, num_classes))\n"
+        )
+        size = {**BASE, "input_shape": (3, 8, 8), "draws": draws}
+        with pytest.raises(UsageError, match=r"has inference=0.05; the nearest is inference=0.1\d") as caught:
+            plan(f"{file}:mostly", **size, pruning="training=0.2,inference=0.05")
+        option, _, rest = (caught.value.hint or "").removeprefix("--pruning ").partition(" ")
+        assert rest == "asks for the nearest that can be planned"
+        assert len(plan(f"{file}:mostly", **size, pruning=option).draws) == draws - 1
 
 
 class TestEngine:

@@ -16,7 +16,12 @@ from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.network import Network, Precision
 from tests.traces import residual_network, shrinking_trace
 
-MODEL_FILE = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 2))\n"
+MODEL_FILE = """
+from torch import nn
+
+def net(num_classes=2):
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes))
+"""
 
 
 @pytest.fixture

@@ -49,6 +49,26 @@ def test_a_model_is_traced_again_only_where_its_code_may_take_another_way(
     assert network.layers == captured.layers
 
 
+class _Counting(nn.Module):
+    """Its code writes into a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.register_buffer("centre", torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x).mean((2, 3))
+        with torch.no_grad():
+            self.centre.mul_(0.9).add_(y.mean(0), alpha=0.1)
+        return y - self.centre
+
+
+def test_code_may_write_into_buffers_of_a_copy_without_storage() -> None:
+    known = Recapture(skeleton(_Counting()), name="counting", input_shape=(3, 8, 8), num_classes=8)
+    assert known.base.id == capture_network(_Counting(), name="counting", input_shape=(3, 8, 8), num_classes=8).id
+
+
 class _Reading(nn.Module):
     """Its code looks at the width of one of its layers."""
 

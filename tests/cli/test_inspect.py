@@ -76,3 +76,34 @@ def test_channels_that_go_together_or_evenly_are_told(
     printed = capsys.readouterr().out
     assert "yes, as many from every group of 1" in printed
     assert "yes, in 4 sets, as many from every group of 1" in printed
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect", "cost", "predict --gpu a100 --batch 8", "plan --images 9 --epochs 1 --batch 1 -o x"]
+)
+def test_classes_of_which_a_users_function_knows_nothing_are_refused(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("m.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 2))\n"
+    )
+    name, *options = command.split()
+    assert run([name, "m.py:net", *options, "--input", "3,2,2", "--classes", "5"]) == 2
+    assert "m.py:net has no argument num_classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["cost", "predict --gpu a100 --batch 8", "plan --images 9 --epochs 1 --batch 1 -o x"]
+)
+def test_the_image_that_was_taken_is_said(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    net = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(40, 2))\n"
+    Path("m.py").write_text(f"{net}net.input_shape = 5, 4, 2\n")
+    name, *options = command.split()
+    assert run([name, "m.py:net", *options]) == 0
+    assert " at 5×4×2" in capsys.readouterr().out
+    assert run([name, "m.py:net", *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["input_shape"] == [5, 4, 2]

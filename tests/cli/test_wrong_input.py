@@ -227,6 +227,8 @@ WRONG = {
     "train missing.toml --out new": "missing.toml: ",
     "train text --out new": "text: is not TOML",
     "train --resume missing": "missing holds no run",
+    "train --resume pruned": "pruned holds no run of ptsim train (no config.toml), only a trace",
+    "export pruned --format onnx --out new": "a trace has no weights",
     "train --resume text": "found a file",
     "demo --epochs 0 --out new": "epochs is 0",
     "demo --out text": "text is a file",

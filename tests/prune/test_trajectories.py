@@ -21,7 +21,7 @@ from ptsim.prune.trajectories.like import imitate, recorded_densities
 from ptsim.prune.trajectories.problem import Edge, Problem, Trajectory
 from ptsim.prune.trajectories.roles import roles
 from ptsim.prune.trajectories.table import CostTable, Seen
-from ptsim.prune.trajectories.targets import Targets, meet, parse_targets
+from ptsim.prune.trajectories.targets import OutOfReachError, Targets, meet, parse_targets
 from ptsim.trace.io import read_trace
 from ptsim.trace.trace import Trace
 from tests.traces import residual_network, shrinking_trace
@@ -284,10 +284,11 @@ def test_the_most_memory_bound_branches_go_as_a_whole() -> None:
 
 def test_what_no_course_can_give_is_refused_with_the_nearest() -> None:
     with pytest.raises(
-        UsageError, match=r"has training=0.3 with inference=0.4; the nearest is training=0.46"
+        OutOfReachError, match=r"has training=0.3 with inference=0.4; the nearest is training=0.46"
     ) as caught:
         meet(Targets(training=0.3, inference=0.4), even([1, 1]), source="here")  # an epoch of 1 and nine of 0.4
-    assert re.fullmatch(r"--pruning training=0.46\d?,inference=0.4 asks for the nearest", caught.value.hint or "")
+    assert caught.value.aimed == {"training": 0.3, "inference": 0.4}
+    assert caught.value.nearest == pytest.approx({"training": 0.46, "inference": 0.4}, abs=0.005)
 
 
 @pytest.mark.parametrize(

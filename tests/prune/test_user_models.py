@@ -22,7 +22,7 @@ from ptsim.prune.groups import find_groups
 from ptsim.prune.proof import WithoutRandomness
 from ptsim.prune.reconfigure import reconfigure
 from ptsim.prune.structure import apply_structure, structure_of
-from tests.prune.helpers import enliven, same_function, zero_some
+from tests.prune.helpers import cut_twice, enliven, same_function, zero_some
 
 IMAGE = (3, 8, 8)
 
@@ -721,9 +721,9 @@ class Unregistered(Branchy):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten()), "lazy layers"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten()), "lazy modules"),
         (Branchy, r"torch\.fx cannot trace Branchy"),
-        (Paired, r"Paired fails on an image of 3×8×8: .*missing 1 required positional argument: 'y'"),
+        (Paired, "the forward of Paired cannot be called with the images alone: missing a required argument: 'y'"),
         (Renewing, "the code of Renewing puts another tensor in the place of its parameter shares at every call"),
         (Unregistered, r"Unregistered calls a layer that is no part of it, so that no optimizer trains it \(test_user"),
     ],
@@ -734,3 +734,33 @@ def test_what_cannot_be_inspected_is_one_sentence(model: Callable[[], nn.Module]
         made = model()
     with pytest.raises(UnsupportedModelError, match=words):
         ptsim.inspect(made, input_shape=IMAGE)
+
+
+class SkipsAlone(nn.Module):
+    """A WaveNet whose last sum of the residual stream nobody reads: its layers still have to fit together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Conv2d(3, 8, 1)
+        self.gates = nn.ModuleList(nn.Conv2d(8, 12, 3, padding=1) for _ in range(2))
+        self.residuals = nn.ModuleList(nn.Conv2d(12, 8, 1) for _ in range(2))
+        self.skips = nn.ModuleList(nn.Conv2d(12, 10, 1) for _ in range(2))
+        self.head = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, skip = self.start(x), torch.zeros(())
+        for gate, residual, skipped in zip(self.gates, self.residuals, self.skips, strict=True):
+            z = torch.tanh(gate(x))
+            x = x + residual(z)
+            skip = skip + skipped(z)
+        (x - x.mean(1, keepdim=True)).abs().sum()  # nobody reads it: no reason to stay
+        return self.head(skip.mean((2, 3)))
+
+
+def test_what_is_added_up_and_never_read_has_to_fit_too() -> None:
+    model = SkipsAlone().double()
+    groups = find_groups(model, IMAGE)
+    stream = next(edge for edge in groups.edges() if edge.name == "start")
+    assert {"start (out)", "residuals.0 (out)", "residuals.1 (out)"} <= {*stream.members}
+    assert groups.num_channels == (8 + 2 * 12 + 10, 3 + 5)
+    cut_twice(model, IMAGE)

@@ -9,7 +9,7 @@ targets: the strength inference FLOPs, k training FLOPs, the tilt BatchNorm traf
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from ptsim.prune.trajectories.polish import polished
 from ptsim.prune.trajectories.problem import Problem, Trajectory, Widths, register
 from ptsim.trace.schema import Assumption
 
-NAMES = ("training", "inference", "bn", "layers", "saturates")
+COSTS = ("training", "inference", "bn")
+NAMES = (*COSTS, "layers", "saturates")
 TOLERANCE = 0.005
 # Where nobody says how BatchNorm traffic falls: the median of the tilts that the traffic of the paper's three ResNet-50
 # runs on ImageNet gives (0.57, 0.87, 1.72); and how far hazards of edges scatter in the recorded runs (median). Both
@@ -30,6 +31,14 @@ _COURSES = (-60.0, 60.0)
 HALVINGS = 30  # of the range of a search: widths are whole numbers, and what is nearer is the same widths
 
 
+class OutOfReachError(UsageError):
+    """No pruning of the network has what is aimed at; `nearest` has what one may have, both as fractions by name."""
+
+    def __init__(self, message: str, *, aimed: Mapping[str, float], nearest: Mapping[str, float]) -> None:
+        super().__init__(message)
+        self.aimed, self.nearest = dict(aimed), dict(nearest)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Targets:
     """Fractions of dense; `layers` is the share of convolutions that are gone at the end."""
@@ -39,6 +48,11 @@ class Targets:
     bn: float | None = None
     layers: float | None = None
     saturates: float = 1.0
+
+    @property
+    def aimed(self) -> dict[str, float]:
+        """The fractions that costs are compared with."""
+        return {name: value for name in COSTS if (value := getattr(self, name)) is not None}
 
 
 def _is_targets(text: str) -> bool:
@@ -93,15 +107,13 @@ def meet(targets: Targets, problem: Problem, *, source: str) -> Trajectory:
     """A trajectory that meets the targets within half a percent of dense.
 
     Raises:
-        UsageError: no pruning of the network can; says the nearest that can.
+        OutOfReachError: no pruning of the network can.
     """
     solver = _Solver(targets, problem)
     tilt, how = DEFAULT_TILT, "the median of the published runs on ImageNet"
     if targets.bn is not None:
         tilt, how = solver.tilt_for(targets.bn), source
-    aimed = {"training": targets.training, "inference": targets.inference}
-    if targets.bn is not None:
-        aimed["bn"] = targets.bn
+    aimed = targets.aimed
     widths = polished(solver.widths(tilt), aimed, problem, tolerance=TOLERANCE)
     if targets.bn is not None:
         solver.check_traffic(targets.bn, widths)
@@ -120,7 +132,8 @@ def tilt_of(targets: Targets, problem: Problem) -> float:
     """The tilt at which the targets, BatchNorm traffic among them, are met.
 
     Raises:
-        UsageError: what `meet` raises, or no BatchNorm traffic is given.
+        UsageError: no BatchNorm traffic is given.
+        OutOfReachError: see `meet`.
     """
     if targets.bn is None:
         raise UsageError("the tilt follows from BatchNorm traffic, and none is given")
@@ -239,10 +252,11 @@ class _Solver:
     def _fail(self, wanted: str, **nearest: float) -> None:
         problem = self.problem
         name, value = next(iter(nearest.items()))
-        raise UsageError(
+        raise OutOfReachError(
             f"no pruning of {problem.model} with {len(problem.events)} reconfigurations in {problem.epochs} epochs "
             f"has {wanted}; the nearest is {name}={value:.2f}",
-            hint=f"--pruning {written(dataclasses.replace(self.targets, **nearest))} asks for the nearest",
+            aimed=self.targets.aimed,
+            nearest=self.targets.aimed | nearest,
         )
 
 
