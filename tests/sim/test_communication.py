@@ -184,3 +184,13 @@ def test_between_powers_of_four_what_the_links_add_is_interpolated() -> None:
     for time, formula in found:  # as unsure as the formula
         assert time.low_s / time.seconds == pytest.approx(formula.low_s / formula.seconds)
         assert time.high_s / time.seconds == pytest.approx(formula.high_s / formula.seconds)
+
+
+def test_a_message_takes_as_long_whatever_was_asked_before() -> None:
+    """A small one goes by another protocol than a large one, for which the links have other latencies and speeds."""
+    sizes, slow = (1_000, 10**6, 10**9), {"link_bandwidth": {"node 1 in": 0.5}}
+    dgx = load_cluster("dgx-a100")
+    for order in (sizes, sizes[::-1]):
+        asked = network(dgx, 16, **slow)
+        found = {size: asked.all_reduce(size) for size in order}
+        assert found == {size: network(dgx, 16, **slow).all_reduce(size) for size in sizes}

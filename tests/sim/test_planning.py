@@ -14,7 +14,7 @@ from ptsim.setting import StepSetting
 from ptsim.sim.options import Options
 from ptsim.sim.planning import RunPlan, plan_run
 from ptsim.sim.run import change
-from ptsim.sim.scenario import Scenario
+from ptsim.sim.scenario import Scenario, StepCache
 from ptsim.trace.io import read_trace
 from ptsim.trace.trace import Trace
 from tests.sim.plans import cluster
@@ -48,6 +48,36 @@ def test_every_recorded_image_is_trained_on_and_what_fills_no_mini_batch_is_a_st
     stages = planned(trace, gpus, **options).stages
     assert [stage.batch for stage in stages] == batches
     assert [stage.num_iterations for stage in stages] == steps
+
+
+def test_a_network_of_another_epoch_is_trained_on_the_images_of_the_epoch_that_it_stands_in_for(trace: Trace) -> None:
+    """The last epoch has 10,000 images: 104.2 mini-batches of the 96 that epoch 3 had; 78.1 of its own 128."""
+    *epochs, last = trace.epochs
+    shorter = (*epochs, msgspec.structs.replace(last, num_images=10_000, num_iterations=79))
+    found = [
+        planned(msgspec.structs.replace(trace, epochs=shorter), 1, **options).stages[-1]
+        for options in ({}, {"one_time_epoch": 3})
+    ]
+    assert [(stage.batch, stage.num_iterations) for stage in found] == [(128, 79), (96, 105)]
+
+
+@pytest.mark.parametrize("caps", [{}, {"first_bucket_bytes": 1000}])
+def test_planned_mini_batches_that_hold_some_buckets_are_not_taken_for_those_that_hold_others(
+    trace: Trace, caps: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def most(*_: Any, buckets: object, **__: Any) -> int:
+        asked.append(buckets)
+        return 64
+
+    monkeypatch.setattr("ptsim.sim.planning.largest_batch", most)
+    cache = StepCache()
+    for others in (25_000, 50_000, 25_000):
+        given = {"minibatch": "planned", "sharding": "zero2", "bucket_bytes": others, **caps}
+        plan_run(Scenario(trace, cluster(), 8, change(Options(), given), cache=cache))
+    num_networks = len({epoch.architecture for epoch in trace.epochs})
+    assert len(asked) == len(set(asked)) == 2 * num_networks
 
 
 def test_a_mini_batch_that_does_not_fit_begins_with_what_does(trace: Trace) -> None:

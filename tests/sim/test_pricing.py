@@ -10,14 +10,18 @@ import pytest
 
 from ptsim.answers.repredict import device_profile_of
 from ptsim.costs.collectives import all_reduce
-from ptsim.costs.datasheet import load_fit
+from ptsim.costs.datasheet import datasheet_step, load_fit
 from ptsim.costs.energy import published_power
 from ptsim.costs.scaling import load_scaling
 from ptsim.hardware.profile import StepMeasurement
 from ptsim.network import LayerKind, Parameter
+from ptsim.setting import StepSetting, TorchVersion
 from ptsim.sim.options import Options
+from ptsim.sim.planning import plan_run
+from ptsim.sim.pricing import Pricer
 from ptsim.sim.projection import RunProjection
 from ptsim.sim.run import StepCache, change, project, record_steps
+from ptsim.sim.scenario import Scenario
 from ptsim.sim.step import simulate_steps
 from ptsim.sim.work import StepResult, TrainingJob
 from ptsim.trace.io import read_trace
@@ -167,6 +171,94 @@ def test_epochs_of_one_network_that_are_run_differently_have_prices_of_their_own
     assert plain[0].step_s == plain[1].step_s == found[1].step_s
     assert found[0].step_s != found[1].step_s
     assert (found[0].regularizer_s > 0) == ("passes" in other)
+
+
+def test_epochs_of_one_network_with_other_mini_batches_have_prices_of_their_own(trace: Trace) -> None:
+    """The second epoch with 256 images a GPU in place of 64 costs what it does where all epochs have as many."""
+    first, second, *rest = trace.epochs
+    assert (first.architecture, first.batch_per_gpu) == (second.architecture, 64)
+    larger = [msgspec.structs.replace(epoch, batch_per_gpu=256) for epoch in (first, second)]
+    mixed, all_large = (
+        run(msgspec.structs.replace(trace, epochs=(begin, larger[1], *rest)), 8).epochs for begin in (first, larger[0])
+    )
+    assert mixed[1].step_s == all_large[1].step_s
+    assert mixed[1].needed_memory_bytes == all_large[1].needed_memory_bytes
+    assert mixed[0].step_s == run(trace, 8).epochs[0].step_s
+    assert mixed[0].step_s < mixed[1].step_s
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((8, {}), (8, {"sharding": "zero1"})),
+        ((2, {"sharding": "zero1"}), (4, {"sharding": "zero1"})),  # a half and a quarter of the update
+        # passes of 16 images: two of each mini-batch of 32, and one of 16
+        ((2, {"scaling": "strong", "micro_batches": 2}), (4, {"scaling": "strong"})),
+        ((1, {"autotune_trials": 3}), (1, {"autotune_trials": 6})),
+        ((1, {"channel_multiple": 16}), (1, {"channel_multiple": 32})),
+        ((8, {}), (8, {"first_bucket_bytes": 100_000})),
+        ((8, {"first_bucket_bytes": 100_000}), (8, {"first_bucket_bytes": 100_000, "bucket_bytes": 150_000})),
+        ((8, {"first_bucket_bytes": 100_000}), (8, {"first_bucket_bytes": 100_000, "find_unused_parameters": True})),
+        ((1, {"minibatch": "planned"}), (1, {"minibatch": "planned", "max_batch": 100})),
+        ((1, {"minibatch": "planned"}), (1, {"minibatch": "planned", "memory_bytes": 2 << 30})),
+        ((1, {"minibatch": "planned"}), (1, {"minibatch": "planned", "batch_granularity": 1000})),
+    ],
+)
+def test_projections_of_a_study_are_the_same_whatever_was_projected_before(
+    trace: Trace, before: tuple[int, dict[str, Any]], after: tuple[int, dict[str, Any]]
+) -> None:
+    cache, found = StepCache(), []
+    for gpus, options in (before, after):
+        changed = change(Options(), options)
+        found.append(project(trace, cluster(), gpus, changed, cache=cache))
+        assert found[-1] == project(trace, cluster(), gpus, changed)
+    assert (found[0].total_s, found[0].energy_j) != (found[1].total_s, found[1].energy_j)
+
+
+def test_every_kind_of_mixed_gpu_has_times_of_its_own(trace: Trace) -> None:
+    """A mean over eight GPUs is linear: one T4 and one V100 add to it what either adds by itself."""
+    own, t4, v100, both = (
+        run(trace, 8, mixed_devices=dict.fromkeys(names, 1))
+        for names in ((), ("t4",), ("v100-sxm2-16gb",), ("v100-sxm2-16gb", "t4"))
+    )
+    assert own.compute_s < v100.compute_s < t4.compute_s
+    assert both.compute_s == pytest.approx(t4.compute_s + v100.compute_s - own.compute_s)
+    assert both.epochs[0].step_s == pytest.approx(t4.epochs[0].step_s)  # all wait for the slowest
+
+
+def test_a_single_gpu_reduces_no_map_of_used_parameters(trace: Trace) -> None:
+    assert run(trace, 1, find_unused_parameters=True) == run(trace, 1)
+
+
+def test_what_is_said_of_mixed_gpus_is_said_of_no_others(trace: Trace) -> None:
+    assert not any("mixed" in note for gpus in (1, 8) for note in run(trace, gpus).notes)
+
+
+def test_a_gpu_that_is_alone_would_take_longer_among_others_by_slowdown_and_hooks(trace: Trace) -> None:
+    """As two GPUs show: they differ in that, and in what they wait for each other."""
+    alone, two = (project(trace, cluster(), gpus).epochs[0] for gpus in (1, 2))
+    scenario = Scenario(trace, cluster(), 1, Options())
+    stage = plan_run(scenario).stages[0]
+    assert Pricer(scenario).among_others_s(stage) == pytest.approx(two.compute_s - alone.compute_s, rel=1e-6)
+    hooks_s = load_scaling().tensor_s * len(stage.network.gradients)
+    assert Pricer(scenario).among_others_s(stage) == pytest.approx(hooks_s + load_scaling().slowdown * alone.compute_s)
+
+
+def test_a_run_is_of_todays_software_and_its_interval_allows_for_no_other(trace: Trace) -> None:
+    """Where nobody says the version, an A100's step from the data sheet may be one of young software, and longer."""
+    epochs = tuple(msgspec.structs.replace(epoch, measured_step=None) for epoch in trace.epochs)  # nor any spread
+    first = run(msgspec.structs.replace(trace, profiles=(), epochs=epochs), 1).epochs[0]
+    known, unknown = (
+        datasheet_step(
+            trace.network_of(epochs[0]),
+            cluster().gpu,
+            StepSetting(batch=64, momentum=0.9, regularizer="group_lasso", torch_version=version),
+        )
+        for version in (TorchVersion(2, 8), None)
+    )
+    assert first.step_s == pytest.approx(known.compute_s)
+    assert first.high_s == pytest.approx(first.num_iterations * known.high_s)
+    assert unknown.high_s > known.high_s
 
 
 Call = tuple[Sequence[TrainingJob], dict[str, Any]]

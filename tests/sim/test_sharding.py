@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import msgspec
 import pytest
 
 import ptsim
@@ -79,6 +80,24 @@ def test_the_first_step_after_wrapping_scatters_its_single_bucket_too() -> None:
     assert gathered.seconds == pytest.approx(whole_s / 2)
     sharded_s = ddp.first_step_s(NETWORK, reduce, head=(gathered,), shards=shards)
     assert sharded_s == pytest.approx(whole_s)  # half is scattered, half was gathered
+
+
+def test_a_compressed_gradient_is_converted_whole_though_only_half_an_all_reduce_follows() -> None:
+    """Of a quarter of the bytes; every byte of the gradient takes 3 ns, in the first step and in all others."""
+    cluster = load_cluster("dgx-a100")
+
+    def reduce(num_bytes: int) -> AllReduceTime:
+        return all_reduce(num_bytes, cluster, 8)
+
+    shards = ddp.shards_of(NETWORK, StepSetting(batch=8, num_gpus=8, sharding="zero1"))
+    wire = ddp.Wire(ratio=0.25, conversion_s_per_byte=3e-9)
+    buckets = ddp_buckets(NETWORK)
+    assert [bucket.num_bytes for bucket in buckets] == [GRADIENT_BYTES]
+    expected_s = reduce(GRADIENT_BYTES // 4).seconds / 2 + 3e-9 * GRADIENT_BYTES
+    assert ddp.first_step_s(NETWORK, reduce, wire, shards=shards) == pytest.approx(expected_s)
+    computation = msgspec.structs.replace(_plan("zero1"), buckets=(), head=())
+    scattered = ddp.with_communication(computation, buckets, reduce, wire=wire, shards=shards).buckets
+    assert [collective.seconds for collective in scattered] == pytest.approx([expected_s])
 
 
 def test_one_gpu_has_nothing_to_share() -> None:
