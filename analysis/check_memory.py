@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 from capture_public import build
-from public_rows import training_table
+from public_rows import training_table, version_of
 
 from ptsim.capture.network import capture_network
 from ptsim.costs.memory import iteration_memory, usable_bytes
@@ -42,7 +42,8 @@ def published() -> pd.DataFrame:
     """Mini-batches that ran, and those that timm's ladder says did not; a row each, with its source."""
     rows = training_table()
     rows = rows[rows.framework.eq("PyTorch") & rows.with_optimizer & ~rows.whole_model_fp16.astype(bool)]
-    rows = rows[[*SETTING, "source", "source_path", "source_rev"]].drop_duplicates(SETTING)
+    rows = rows[[*SETTING, "software", "date", "framework", "source", "source_path", "source_rev"]]
+    rows = rows.drop_duplicates(SETTING)
     failed = rows[rows.source.str.endswith(LADDER_SOURCE) & rows.batch.isin(LADDER[1:])]
     failed = failed.assign(batch=[LADDER[LADDER.index(batch) - 1] for batch in failed.batch])
     return pd.concat([rows.assign(ran=True), failed.assign(ran=False)], ignore_index=True)
@@ -58,10 +59,11 @@ def judged(rows: pd.DataFrame, network: Network) -> pd.DataFrame:
                 precision=Precision(row.precision),
                 optimizer=row.optimizer,
                 memory_format=row.memory_format,
+                torch_version=version_of(row),
             ),
             device=load_device(row.device),
         )
-        for row in rows.itertuples()
+        for _, row in rows.iterrows()
     ]
     usable = [usable_bytes(load_device(device)) for device in rows.device]
     fits = [need.device_bytes <= most for need, most in zip(needs, usable, strict=True)]

@@ -52,9 +52,9 @@ RELEASES = {
     "2021-03": (1, 8), "2021-06": (1, 9), "2021-10": (1, 10), "2022-03": (1, 11), "2022-06": (1, 12),
     "2022-10": (1, 13), "2023-03": (2, 0),
 }  # fmt: skip
-# Its EfficientNets of April 2020 have SiLU as x * sigmoid(x): torch had no operator for it yet (pycls/models/effnet.py
-# as of 1caf15bb).
-SWISH = "https://github.com/facebookresearch/pycls"
+# Whose EfficientNets of April 2020 have SiLU as x * sigmoid(x): torch had no operator for it yet (effnet.py as of
+# 1caf15bb).
+PYCLS = "https://github.com/facebookresearch/pycls"
 PAGEABLE_BYTES_PER_S = 6e9  # host to device copy of pageable memory over PCIe 3; nuisance of 14 rows
 
 
@@ -158,7 +158,7 @@ def setting_of(row: pd.Series) -> StepSetting:
 
 def network_name(row: pd.Series) -> str:
     """The key of a row's network in networks.json.gz."""
-    library = "pycls" if row.source == SWISH and row.model.startswith("efficientnet") else "torchvision"
+    library = "pycls" if row.source == PYCLS and row.model.startswith("efficientnet") else "torchvision"
     return f"{library}:{row.model}@{row.image_size}"
 
 

@@ -189,7 +189,7 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
     interval = given("interval", options.interval, DEFAULT_INTERVAL)
     num_classes = given("classes", options.num_classes, entry.num_classes)
     if options.num_classes is not None:
-        entry.classes(num_classes)
+        entry.classes(num_classes)  # refuses a number that the model cannot take
     shape = options.input_shape or entry.input_shape
     asked = _Asked(
         model=model,
@@ -364,7 +364,7 @@ def _refusal(asked: _Asked, dense: Dense, search: _Search, seeds: Sequence[int])
 
 
 def _proposal(asked: _Asked, dense: Dense, search: _Search, seeds: Sequence[int]) -> str | None:
-    """How to ask for the nearest that is planned when it is asked for; None where none of the first that are tried is.
+    """The nearest `--pruning` that was tried and planned for all seeds, as a hint; None where none of the first was.
 
     Fractions that a network has are no promise: a search for them may go another way and miss them.
     """
@@ -380,19 +380,19 @@ def _proposal(asked: _Asked, dense: Dense, search: _Search, seeds: Sequence[int]
 
     try:
         note(asked.pruning, search.reached)
-        while len(tried) < _PROPOSALS and (left := waiting.keys() - tried):
-            tried.append(min(left, key=waiting.__getitem__))
-            again = msgspec.structs.replace(asked, pruning=tried[-1])
-            kind = find_kind(tried[-1])
-            for seed in seeds:
-                found = _search(msgspec.structs.replace(again, seed=seed), dense, kind)
-                if found.trace is None:
-                    note(tried[-1], found.reached)
-                    break
-            else:
-                return f"--pruning {tried[-1]} asks for the nearest that can be planned"
     except UsageError:  # a pruning that takes no fractions
         return None
+    while len(tried) < _PROPOSALS and (left := waiting.keys() - tried):
+        tried.append(min(left, key=waiting.__getitem__))
+        again = msgspec.structs.replace(asked, pruning=tried[-1])
+        kind = find_kind(tried[-1])
+        for seed in seeds:
+            found = _search(msgspec.structs.replace(again, seed=seed), dense, kind)
+            if found.trace is None:
+                note(tried[-1], found.reached)
+                break
+        else:
+            return f"--pruning {tried[-1]} asks for the nearest that can be planned"
     return None
 
 

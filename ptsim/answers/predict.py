@@ -183,7 +183,7 @@ def predict(
     )
     setting = msgspec.structs.replace(
         setting,
-        bucket_views=setting.bucket_views or sharding != "none",  # which DDP's own buckets do not serve
+        bucket_views=setting.bucket_views or sharding != "none",  # ZeRO has buckets of its own, and DDP's are not there
         sharding=sharding,
         torch_version=version or setting.torch_version,
     )
@@ -222,7 +222,7 @@ def _data_parallel(
         contention=contention_of(cluster, setting.num_gpus),
         tensor_s=hook_seconds(cluster, setting.num_gpus),
         shards=shards,
-        buffers=subject.trace is None,  # `ptsim train` averages them once per epoch
+        buffers=subject.ddp_defaults,
         overlap=subject.trace is None or not subject.trace.compiled,  # all gradients of a compiled step come at its end
     )
     sizes = [bucket.num_bytes for bucket in ddp_buckets(network)]

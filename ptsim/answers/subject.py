@@ -49,6 +49,14 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     network: Network
     trace: Trace | None = None
 
+    @property
+    def ddp_defaults(self) -> bool:
+        """Whether DistributedDataParallel is taken to have its own defaults; a run is as `ptsim train` has it.
+
+        By default it broadcasts BatchNorm's statistics before every forward pass, and its buckets are beside gradients.
+        """
+        return self.trace is None
+
     def setting(
         self,
         *,
@@ -70,7 +78,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
         """
         trace = self.trace
         if trace is None:
-            recorded = StepSetting(batch=0, bucket_views=False)  # a loop with DDP's defaults
+            recorded = StepSetting(batch=0, bucket_views=not self.ddp_defaults)
         else:
             recorded = trace.setting_of(trace.epochs[-1]) if trace.epochs else trace.usual_setting
         passes = recorded.passes if batch is None else 1

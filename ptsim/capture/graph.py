@@ -143,7 +143,9 @@ def _check_takes_images(model: nn.Module) -> None:
     except TypeError as error:
         raise UnsupportedModelError(
             f"the forward of {type(model).__name__} cannot be called with the images alone: {error}",
-            hint="give its other arguments defaults, or wrap the network in a module that makes them from the images",
+            hint="give its other arguments defaults, or wrap the network in a module that makes them from the images"
+            if any(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in signature.parameters.values())
+            else "let it take the images as its first argument",
         ) from error
 
 

@@ -123,7 +123,9 @@ def parse_bytes(name: str, text: str) -> int:
     try:
         size = parse_quantity(given, "bytes", also=_NCCL_TESTS_UNITS)
     except ValueError as error:
-        raise UsageError(f"{name} {error}".replace(repr(given), repr(text))) from error
+        if given != text:  # whose unit nobody typed
+            raise UsageError(f"{name} is {text!r}, expected bytes such as 1000000, 1_000_000 or 25MiB") from error
+        raise UsageError(f"{name} {error}") from error
     if not 0 <= size < LARGEST_INTEGER or size != int(size):
         raise UsageError(f"{name} {text}: a message is a whole, non-negative number of bytes, below {2**63:,}")
     return int(size)

@@ -449,7 +449,8 @@ def _kernels_of(
             yield _stream(index, forward, 2 * y, 2 * y)
             yield _stream(index, backward, 2 * y, 2 * y)
         case _:
-            yield _stream(index, forward, x + y, x + y)
+            before = made_first(layer, batch, given, width)
+            yield _stream(index, forward, x + y + before.num_bytes, x + y, 1 + before.kernels)
             yield _stream(index, backward, x + y, x + y)
 
 

@@ -227,7 +227,9 @@ def cluster_of(path: Path, raw: dict[str, Any]) -> tuple[Cluster, str]:
     numbers = [key for key in _OPTIONAL_NUMBERS if key in raw]
     if form.intra is None:
         if form.inter is None or form.gpus_per_node > 1:
-            raise FileFormatError(path, "intra is missing; only nodes of one GPU, with a link between them, have none")
+            raise FileFormatError(
+                path, "[intra] is missing; leave it out only where gpus_per_node is 1 and there is an [inter]"
+            )
         form = msgspec.structs.replace(form, intra=msgspec.structs.replace(form.inter, name="none: one GPU a node"))
     cluster: Cluster = _record(form)
     named = str((path.parent / form.device).resolve()) if form.device.endswith(".toml") else form.device
@@ -312,6 +314,8 @@ def _form(record: Any) -> Any:
         value = getattr(record, field)
         if isinstance(record, Cluster) and field == "device":
             value = record.device_file or record.device_name
+        if isinstance(record, Cluster) and field == "intra" and not record.links_inside:
+            value = None
         quantity = _quantity_type(hints[field])
         values[field] = _form(value) if value is None or quantity is None else quantity(value)
     return form(**values)

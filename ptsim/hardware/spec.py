@@ -122,7 +122,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     Attributes:
         device: of every GPU; None where only the network is known.
         device_file: the user's file that describes the device; empty for a device of the catalog.
-        intra: GPU to GPU inside a node (all of one GPU's NVLinks together, one direction).
+        intra: GPU to GPU inside a node (all of one GPU's NVLinks together, one direction); see `links_inside`.
         inter: node to node, all NICs of a node together, one direction; None for a single machine.
         max_nodes: how many nodes there are; None means as many as asked for.
         nvswitch: every GPU of a node reaches every other at full bandwidth.
@@ -162,6 +162,11 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def device_name(self) -> str:
         """What the device is called; "unspecified" where only the network is known."""
         return UNSPECIFIED if self.device is None else self.device.name
+
+    @property
+    def links_inside(self) -> bool:
+        """Whether `intra` is a fact; where a node has one GPU it may be there for formulas alone, without a source."""
+        return self.gpus_per_node > 1 or "intra" in self.sources
 
     @property
     def num_rails(self) -> int:

@@ -277,6 +277,8 @@ def calibrated_cluster(
         inter, nics, thinner = (link_of(between, "between nodes, as measured") if between else None), 1, 1.0
     assumed = f"; a node is taken to hold {per_node} GPUs" if per_node > measured_per_node else ""
     sources = {"intra": (f"catalog: {like.name}" if like else tables[0].source) + assumed}
+    if like is not None and not like.links_inside:
+        sources = {}
     if inter is not None:
         sources["inter"] = f"catalog: {like.name}" if like and like.inter else between.source if between else ""
     carried: dict[str, Any] = {} if base is None else _carried(base, sources)

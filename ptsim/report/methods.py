@@ -132,7 +132,7 @@ def _which(epochs: Sequence[int]) -> str:
 
 def _network_rows(cluster: Cluster) -> Iterator[Row]:
     for field, name, link in (
-        ("intra", "GPU to GPU, one direction", cluster.intra),
+        ("intra", "GPU to GPU, one direction", cluster.intra if cluster.links_inside else None),
         ("inter", "node to node, one direction", cluster.inter),
     ):
         if link is not None:

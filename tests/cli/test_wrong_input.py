@@ -130,7 +130,7 @@ WRONG = {
     "allreduce --cluster dgx-a100 --gpus many --bytes 1": '"many"',
     "allreduce --cluster dgx-a100 --gpus 8 --bytes -1": "non-negative",
     "allreduce --cluster dgx-a100 --gpus 8 --bytes ''": "is not a number with a unit",
-    "allreduce --cluster dgx-a100 --gpus 8 --bytes 1,000": "--bytes '1,000' is not a number with a unit",
+    "allreduce --cluster dgx-a100 --gpus 8 --bytes 1,000": "--bytes is '1,000', expected bytes such as 1000000",
     "allreduce --cluster dgx-a100 --gpus 8 --bytes 1e400MiB": "whole, non-negative number",
     "predict resnet20 --batch 8": "neither a device nor a cluster",
     "predict resnet20": "neither a device nor a cluster was named, and no mini-batch was given",

@@ -9,6 +9,7 @@ import pytest
 from ptsim.costs.collectives import all_reduce
 from ptsim.errors import FileFormatError
 from ptsim.hardware.catalog import load_cluster
+from ptsim.hardware.forms import write_cluster
 from ptsim.hardware.spec import AlphaBeta
 
 INTRA = 'intra = { name = "NVLink", bandwidth = "300 GB/s", latency = "2 us" }'
@@ -48,7 +49,7 @@ def written(folder: Path, text: str) -> Path:
         ('source = "a log"', 'source = "a log"' + TABLE, "has two tables of 8 GPUs on 1 nodes, expected one"),
         (', latency = "2 us"', "", "intra.latency is missing; a link without a kind needs it"),
         (', latency = "20 us"', "", "inter.latency is missing; a link without a kind needs it"),
-        (INTRA, "", "intra is missing; only nodes of one GPU, with a link between them, have none"),
+        (INTRA, "", r"\[intra\] is missing; leave it out only where gpus_per_node is 1"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, old: str, new: str, said: str) -> None:
@@ -85,5 +86,9 @@ def test_nodes_of_one_gpu_need_no_link_inside(tmp_path: Path) -> None:
     for num_gpus in (2, 16):
         times = [all_reduce(2**26, cluster, num_gpus).seconds for cluster in (without, given)]
         assert times[0] == pytest.approx(times[1])
-    with pytest.raises(FileFormatError, match="intra is missing"):
+    again = tmp_path / "again.toml"
+    write_cluster(without, again)
+    assert "intra" not in again.read_text()
+    assert load_cluster(again) == without
+    with pytest.raises(FileFormatError, match=r"\[intra\] is missing"):
         load_cluster(written(tmp_path, "\n".join(line for line in one.splitlines() if " = { name" not in line)))
