@@ -578,6 +578,9 @@ def test_in_the_proof_nothing_is_dropped_at_random() -> None:
     with WithoutRandomness():
         assert torch.empty(3).bernoulli_(0.9).tolist() == [1, 1, 1]
         assert torch.empty(3).bernoulli_(0.1).tolist() == torch.empty(3).bernoulli_(p=0.1).tolist() == [0, 0, 0]
+        for slope in (nn.RReLU(0.2, 0.4), nn.RReLU(0.2, 0.4, inplace=True)):
+            torch.testing.assert_close(slope(torch.tensor([-1.0, 2.0])), torch.tensor([-0.3, 2.0]))
+        assert F.rrelu(input=torch.tensor([-1.0]), lower=0.5, upper=0.5, training=True).tolist() == [-0.5]
 
 
 def test_the_channels_of_a_shuffle_are_tied_in_pairs() -> None:
