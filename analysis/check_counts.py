@@ -232,7 +232,6 @@ def torch_macs(model: nn.Module, images: Tensor) -> tuple[int, int]:
 
 def kept_bytes(model: nn.Module, images: Tensor, precision: Precision = Precision.FP32) -> int:
     """Bytes that autograd keeps at the end of a forward pass, every storage once, without parameters and buffers."""
-    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -242,6 +241,7 @@ def kept_bytes(model: nn.Module, images: Tensor, precision: Precision = Precisio
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _number_format(precision):
         outputs = model.train()(images)
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}  # as they are now
     alive = {key: size for key, (reference, size) in kept.items() if reference() is not None}
     num_bytes = sum(size for key, size in alive.items() if key not in own)
     del outputs

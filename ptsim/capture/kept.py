@@ -22,7 +22,10 @@ class KeptStorages(Generic[T]):
             own: parameters and buffers.
             note: what is to be known of a storage, from the tensor that is kept and what is known of it already.
         """
-        self.own = {tensor.untyped_storage()._cdata for tensor in own}
+        self._tensors = list(own)
+        # Held: code may give a parameter another storage (`weight.data = …`), and what comes then may lie in its place.
+        self._storages = [tensor.untyped_storage() for tensor in self._tensors]
+        self.own = {storage._cdata for storage in self._storages}
         self._note = note
         self._found: dict[int, tuple[weakref.ref[torch.UntypedStorage], T]] = {}
 
@@ -32,7 +35,12 @@ class KeptStorages(Generic[T]):
 
     def alive(self) -> dict[int, T]:
         """What was noted of every storage that is still there, by address."""
-        return {address: noted for address, (storage, noted) in self._found.items() if storage() is not None}
+        now = {tensor.untyped_storage()._cdata for tensor in self._tensors}
+        return {
+            address: noted
+            for address, (storage, noted) in self._found.items()
+            if storage() is not None and address not in now
+        }
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

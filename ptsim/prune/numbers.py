@@ -21,6 +21,7 @@ from ptsim.errors import UsageError
 
 CHANGED = "_ptsim_numbers"  # an attribute of modules: the names of the attributes that a cut has set
 _OWN = frozenset(vars(nn.Module()))
+_WIDTHS = frozenset(("groups", "in_channels", "out_channels", "in_features", "out_features", "num_features"))
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -164,17 +165,18 @@ def _is_layer(module: nn.Module) -> bool:
 def named_numbers(model: nn.Module) -> Iterator[set[Attribute]]:
     """Inside, the integers in attributes of the model's own modules are `Number`s; gives the set of those fixed.
 
-    So are the numbers of groups of torch's convolutions, whose `forward` the model's code may call itself.
+    So are the numbers of channels and groups of torch's layers: the model's code may call their `forward` itself, or
+    reshape by them.
     """
     fixed: set[Attribute] = set()
     before: list[tuple[nn.Module, str, Any]] = []
     for path, module in model.named_modules():
         torchs = type(module).__module__.startswith("torch.")
-        if getattr(module, "ptsim_leaf", False) or (torchs and not isinstance(module, nn.modules.conv._ConvNd)):
+        if getattr(module, "ptsim_leaf", False):
             continue
         layer = _is_layer(module)
         for name, value in list(vars(module).items()):
-            if name in _OWN or name == CHANGED or (torchs and name != "groups"):
+            if name in _OWN or name == CHANGED or (torchs and name not in _WIDTHS):
                 continue
             if type(value) is int:
                 named: Any = Number.of(value, Attribute(path, name), fixed)

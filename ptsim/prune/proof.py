@@ -116,6 +116,8 @@ def _float64_by_default() -> Iterator[None]:
 class WithoutRandomness(TorchFunctionMode):
     """Dropout of any kind passes its input on; stochastic depth keeps every branch (and still divides by its rate).
 
+    The slope of an RReLU is the middle one, as in evaluation.
+
     A rate of survival below one half would be taken for one of what is dropped.
 
     So both networks of a comparison, whose tensors differ in size, see the same (absent) noise.
@@ -140,8 +142,13 @@ class WithoutRandomness(TorchFunctionMode):
         )
     )
 
+    _RANDOM_SLOPES = frozenset((torch.rrelu, torch.rrelu_, torch.nn.functional.rrelu))
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Intercept the random operators."""
+        if func in self._RANDOM_SLOPES:
+            slopes = {name: value for name, value in (kwargs or {}).items() if name in ("input", "lower", "upper")}
+            return torch.nn.functional.rrelu(*args[:3], **slopes)
         if func in self._DROPOUTS:
             return args[0] if args else (kwargs or {})["input"]
         if func is torch.Tensor.bernoulli_:

@@ -130,7 +130,10 @@ class Propagation(fx.Interpreter):
         return args, kwargs
 
     def _numbers(self, node: fx.Node, known: int) -> None:
-        """Numbers that the model keeps stay what they are where they mean anything but channels."""
+        """Numbers that the model keeps stay what they are where they mean anything but channels.
+
+        Those of a layer follow what is cut; arithmetic with one of them would not give the same any more.
+        """
         found: list[Number] = []
         fx.node.map_aggregate((node.args, node.kwargs), lambda a: found.append(a) if isinstance(a, Number) else None)
         for number in found:
@@ -140,7 +143,8 @@ class Propagation(fx.Interpreter):
                         self.state.number(number, slots)
             if not self.state.aside and not any(number is used for used, _ in self.state.numbers[known:]):
                 number.fix()
-        node.meta["counts"] = len(self.state.numbers) > known or any(number.synced for number in found)
+        follows = any(number.synced for number in found) and not function_rules.is_elementwise(name_of(node))
+        node.meta["counts"] = len(self.state.numbers) > known or follows
 
     def _count(self, node: fx.Node, value: Any) -> None:
         """Follow numbers that say how many channels there are; freeze the channels where one enters the arithmetic.

@@ -27,7 +27,7 @@ IMAGE = (3, 32, 32)
 NAMES = (
     *("unet", "se", "mobile", "super_resolution", "convnext", "norms", "dilated", "one_dimensional", "volume"),
     *("encoder", "attention", "biased", "standardised", "shuffle", "pyramid", "bilinear", "parametrised", "dense"),
-    *("gated", "mixer"),
+    *("gated", "mixer", "max_normed"),
 )
 
 

@@ -463,6 +463,21 @@ class Mixer(nn.Module):
         return self.head(x.mean(dim=1))
 
 
+class MaxNormed(nn.Module):
+    """As EEGNet: every call puts the weights, their norm limited, in the place of those that were."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(conv_bn(3 if i == 0 else width, width, stride=1 + i % 2) for i in range(4))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            layer[0].weight.data = torch.renorm(layer[0].weight.data, p=2, dim=0, maxnorm=0.5)
+            x = layer(x)
+        return self.head(x.mean((2, 3)))
+
+
 def mobile(num_classes: int = 10) -> nn.Module:
     """Inverted bottlenecks in a Sequential."""
     return nn.Sequential(
@@ -474,4 +489,4 @@ def mobile(num_classes: int = 10) -> nn.Module:
 unet, se, super_resolution, convnext, norms, dilated = UNet, SEResidual, SuperResolution, ConvNeXtLike, Norms, Dilated
 one_dimensional, volume, encoder, attention, biased = OneDimensional, Volume, Encoder, Attention, BiasedWindows
 standardised, shuffle, pyramid, bilinear, checkpointed = Standardised, Shuffle, Pyramid, Bilinear, Checkpointed
-parametrised, dense, gated, mixer = Parametrised, Dense, Gated, Mixer
+parametrised, dense, gated, mixer, max_normed = Parametrised, Dense, Gated, Mixer, MaxNormed

@@ -367,7 +367,12 @@ def test_numbers_stand_in_for_attributes_meanwhile_and_a_comparison_fixes_all_it
     model = Partial()
     with named_numbers(model) as fixed:
         assert isinstance(model.used, Number)
-        layers = {Attribute(name, "groups") for name, _ in model.named_children() if name != "head"}
+        layers = {
+            Attribute(name, number)
+            for name, layer in model.named_children()
+            for number in ("groups", "in_channels", "out_channels", "in_features", "out_features")
+            if hasattr(layer, number)
+        }
         rest = model.width - model.used
         assert fixed == layers  # which what cuts a layer sets
         assert rest > 3

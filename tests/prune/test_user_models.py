@@ -578,6 +578,9 @@ def test_in_the_proof_nothing_is_dropped_at_random() -> None:
     with WithoutRandomness():
         assert torch.empty(3).bernoulli_(0.9).tolist() == [1, 1, 1]
         assert torch.empty(3).bernoulli_(0.1).tolist() == torch.empty(3).bernoulli_(p=0.1).tolist() == [0, 0, 0]
+        for slope in (nn.RReLU(0.2, 0.4), nn.RReLU(0.2, 0.4, inplace=True)):
+            torch.testing.assert_close(slope(torch.tensor([-1.0, 2.0])), torch.tensor([-0.3, 2.0]))
+        assert F.rrelu(input=torch.tensor([-1.0]), lower=0.5, upper=0.5, training=True).tolist() == [-0.5]
 
 
 def test_the_channels_of_a_shuffle_are_tied_in_pairs() -> None:
@@ -763,4 +766,38 @@ def test_what_is_added_up_and_never_read_has_to_fit_too() -> None:
     stream = next(edge for edge in groups.edges() if edge.name == "start")
     assert {"start (out)", "residuals.0 (out)", "residuals.1 (out)"} <= {*stream.members}
     assert groups.num_channels == (8 + 2 * 12 + 10, 3 + 5)
+    cut_twice(model, IMAGE)
+
+
+class Divided(nn.Conv2d):
+    """Computes with a number of its channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / self.out_channels
+
+
+class Asking(nn.Module):
+    """Reshapes by what its layers say of themselves, and computes with it where `divided` says so."""
+
+    def __init__(self, kind: type[nn.Conv2d] = nn.Conv2d, *, divided: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), kind(8, 12, 3), nn.Linear(12, 5)
+        self.divided = divided
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.adaptive_avg_pool2d(self.b(self.a(x)), 1).view(-1, self.head.in_features)
+        x = x.reshape(x.shape[0], self.b.out_channels)
+        return self.head(x / self.b.out_channels if self.divided else x)
+
+
+@pytest.mark.parametrize(
+    ("model", "channels"),
+    [(Asking(), 8 + 12), (Asking(divided=True), 8), (Asking(Divided), 8)],
+    ids=["asks", "divides", "own"],
+)
+def test_code_may_reshape_by_the_widths_of_its_layers_and_what_it_computes_with_stays(
+    model: nn.Module, channels: int
+) -> None:
+    model = copy.deepcopy(model).double()
+    assert find_groups(model, IMAGE).num_channels[0] == channels
     cut_twice(model, IMAGE)
