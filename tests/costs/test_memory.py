@@ -448,3 +448,10 @@ def test_a_process_sees_98_percent_of_hbm_92_of_other_memory_and_all_of_a_cpus()
     assert usable_bytes(load_device("t4")) == 15_805_479_649  # 0.92 · 16 · 2³⁰
     cpu = msgspec.structs.replace(load_device("t4"), architecture="cpu")
     assert usable_bytes(cpu) == 16 * 2**30
+
+
+@pytest.mark.parametrize(("beyond", "fits"), [(-1, True), (0, True), (1, False)])
+def test_what_may_be_had_to_the_last_byte_fits(beyond: int, fits: bool) -> None:
+    device = load_device("t4")
+    need = iteration_memory(by_hand(), StepSetting(batch=5), device=device)
+    assert msgspec.structs.replace(need, device_bytes=15_805_479_649 + beyond).fits(device) == fits  # 0.92 · 16 · 2³⁰
