@@ -26,7 +26,7 @@ from ptsim.hardware.spec import AllReduceTable, Cluster, Link
 from ptsim.network import LayerKind, Precision
 from ptsim.trace.pairs import time_differences
 from ptsim.trace.schema import Epoch, Profile
-from tests.traces import CPU, dense_trace, shrinking_records, shrinking_trace, write_trace
+from tests.traces import CPU, dense_trace, profile_of, shrinking_records, shrinking_trace, write_trace
 
 SLOWDOWN, TENSOR_S = 0.0155, 3.68e-05  # of `scaling.toml`
 LONG = {"num_train": 50000, "batch_step": 0}
@@ -732,6 +732,30 @@ def test_epochs_of_one_network_with_and_without_the_penalty_are_told_apart_on_a_
     first, last = validate([tuned], cluster=constant_all_reduces(0.25)).runs[0].epochs
     penalty_s = (1 + SLOWDOWN) * trace.profiles[0].regularizer_s * trace.epochs[0].num_iterations
     assert first.predicted_seconds - last.predicted_seconds == pytest.approx(penalty_s)
+
+
+def test_epochs_of_one_network_with_other_mini_batches_or_passes_are_told_apart_on_a_cluster(tmp_path: Path) -> None:
+    """64 images, twice as many in two passes, and in one; a sum of gradients moves 3 numbers, an update 11."""
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", epochs=3, world_size=4, **LONG))
+    (small,) = trace.profiles
+    large = profile_of(trace.final_network, batch=128, device=trace.run.device, regularizer=False)
+    assert (small.batch, small.regularizer_s) == (64, 0)
+    trace = msgspec.structs.replace(trace, profiles=(small, large))
+    found = in_epochs(trace, batch_per_gpu=(64, 128, 128), passes=(1, 2, 1))
+    checks = validate([found], cluster=constant_all_reduces(0.25)).runs[0].epochs
+    computed = (
+        small.forward_s + small.backward_s + small.optimizer_s,
+        2 * (small.forward_s + small.backward_s) + (1 + 3 / 11) * small.optimizer_s,
+        large.forward_s + large.backward_s + large.optimizer_s,
+    )
+    beside_s = 0.25 + TENSOR_S * len(trace.final_network.gradients)
+    beyond = [
+        check.predicted_seconds - epoch.num_iterations * ((1 + SLOWDOWN) * step_s + beside_s)
+        for check, epoch, step_s in zip(checks, found.epochs, computed, strict=True)
+    ]
+    # what is beside the first epoch's steps, an image at a time, is the same for all, which have as many
+    assert beyond == pytest.approx([beyond[0]] * 3, rel=1e-6)
+    assert beyond[0] < 0.2 * min(check.predicted_seconds for check in checks)
 
 
 def test_the_energy_of_a_single_epoch_is_not_predicted_from_itself(tmp_path: Path) -> None:

@@ -222,6 +222,18 @@ def test_a_line_has_neither_a_negative_latency_nor_a_negative_slope(
     assert (line.latency_s, line.seconds_per_byte) == pytest.approx((latency, per_byte))
 
 
+@pytest.mark.parametrize(("off", "number"), [(0.02, 1), (0.08, 2)])
+def test_a_time_that_is_two_per_cent_off_is_no_protocol(off: float, number: int) -> None:
+    """Of eight sizes, with noise of 1 %: what another line gains is at most 8 ln(1 + 0.02² / (8 · 0.01²)) = 3.2.
+
+    Its three numbers cost 3 ln 8 = 6.2. For 8 % it gains up to 8 ln 9 = 17.6, for a third line nothing is left.
+    """
+    sizes = [4**i for i in range(5, 13)]
+    times = [1e-5 + size / 1e9 for size in sizes]
+    times[3] *= 1 + off
+    assert len(fit_segments(sizes, times)) == number
+
+
 def test_no_more_segments_than_asked_for() -> None:
     times = [two_protocols(size) for size in POWERS]
     assert [len(fit_segments(POWERS, times, most=most)) for most in (1, 2, 3)] == [1, 2, 2]

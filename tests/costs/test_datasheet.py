@@ -273,6 +273,20 @@ def test_the_group_lasso_and_heavier_optimizers_cost_extra():
         datasheet_step(WIDE, device, StepSetting(batch=8, regularizer="ridge"))
 
 
+def test_a_penalty_takes_what_it_moves_or_what_its_kernels_take_at_least():
+    """Slimming: two kernels for each of 15 BatchNorms. A proximal step of the group lasso: 40 bytes a weight."""
+    device, fit = load_device("v100-sxm2-16gb"), load_fit().efficiency
+    slim, shrunk = (
+        datasheet_step(
+            network, device, StepSetting(batch=8, regularizer=criterion, proximal=criterion == "group_lasso")
+        )
+        for network, criterion in ((NETWORK, "slimming"), (WIDE, "group_lasso"))
+    )
+    assert slim.regularizer_s == pytest.approx(30 * fit.launch_s)
+    weights = sum(parameter.num_elements for parameter in WIDE.parameters if len(parameter.shape) > 1)
+    assert shrunk.regularizer_s == pytest.approx(40 * weights / (fit.stream_bandwidth * 900e9))
+
+
 def test_every_gpu_of_the_fit_gets_its_own_factor():
     factors = load_fit().devices
     small, large = "v100-sxm2-16gb", "v100-sxm2-32gb"  # the same chip twice
@@ -464,6 +478,8 @@ def test_convolutions_without_reuse_by_hand(changes, seconds):
         ("t4", Precision.FP32, {}, (8.1e12, 256 * 40 * 1.59e9, 0, 0, 0, 0, 70 / 63.6 / 2.38)),
         ("rtx-3090", Precision.TF32, {}, (35.6e12, 256 * 82 * 1.695e9, 1, 0, 1, 1, 350 / 138.99 / 2.52)),
         ("rtx-5090", Precision.BF16, {"power_w": 200.0}, (209.5e12, 104.75264e12, 1, 0, 1, 1, 200 / 409.19 / 1.4)),
+        # of Blackwell's boards for graphics those for work multiply at twice the rate of those for play
+        ("rtx-pro-6000", Precision.BF16, {}, (503.8e12, 125.950976e12, 1, 0, 1, 0, 600 / 491.996 / 1.4)),
         ("b200-sxm-180gb", Precision.BF16, {"power_w": 500.0}, (2250e12, 74.44992e12, 1, 0, 1, 0, 500 / 290.82 / 3.4)),
         ("t4", Precision.FP32, {"architecture": "cpu"}, (8.1e12, 8.1e12, 0, 0, 0, 0, 1)),
     ],

@@ -473,15 +473,19 @@ def test_the_products_of_a_dense_layer_and_their_operands(layer, expected):
     assert set(kernels.moved_bytes) == set(kernels.footprint_bytes) == {size}
 
 
-def test_gradients_of_three_readers_are_added_twice():
-    """A ReLU of 1,024 elements, 2 images: 3 accesses of its own backward pass, and 3 for each of two additions."""
-    relu = on_16_channels(LayerKind.ACTIVATION, "relu", (16, 8, 8))
+@pytest.mark.parametrize(("once", "times"), [(False, 2), (True, 1)])
+def test_gradients_of_three_readers_are_added_twice(once, times):
+    """A ReLU of 1,024 elements, 2 images: 3 accesses of its own backward pass, and 3 for each of two additions.
+
+    What runs once a mini-batch, as on weights, does so once.
+    """
+    relu = on_16_channels(LayerKind.ACTIVATION, "relu", (16, 8, 8), once=once)
     readers = [msgspec.structs.replace(relu, name=f"r{i}") for i in range(3)]
     network = msgspec.structs.replace(
         chain(relu), layers=(relu, *readers), edges=tuple(("relu", reader.name) for reader in readers)
     )
     kernels = network_kernels(network, StepSetting(batch=2), tensor_cores=False)
-    size = 2 * 1024 * 4
+    size = times * 1024 * 4
     own = kernels.layer == 0
     assert kernels.moved_bytes[own].tolist() == [2 * size, 3 * size, 2 * 3 * size]
     assert kernels.footprint_bytes[own].tolist() == [size, 2 * size, 3 * size]

@@ -1,10 +1,10 @@
 import msgspec
 import pytest
 
-from ptsim.costs.measured import find_profile, measured_step
+from ptsim.costs.measured import find_profile, measured_step, of_profile
 from ptsim.costs.tiers import Tier
 from ptsim.errors import MissingMeasurementError
-from ptsim.network import Precision
+from ptsim.network import Parameter, Precision
 from ptsim.setting import StepSetting
 from ptsim.trace.schema import LayerProfile
 from tests.traces import device_info, profile_of, residual_network
@@ -43,6 +43,54 @@ def test_the_interval_is_the_range_of_the_whole_steps():
     spread = msgspec.structs.replace(PROFILE, step_low_s=0.9 * PROFILE.step_s, step_high_s=1.3 * PROFILE.step_s)
     step = measured_step(NETWORK, [spread], fp32(64, regularizer="group_lasso"))
     assert (step.low_s, step.high_s) == pytest.approx((0.9 * PROFILE.step_s, 1.3 * PROFILE.step_s))
+
+
+def test_the_interval_of_a_step_without_the_penalty_is_as_wide_relative_to_it():
+    """4 s, of which the penalty took 1; the fastest step took 3 s, the slowest 6."""
+    parts = {"forward_s": 1.0, "backward_s": 1.5, "optimizer_s": 0.5, "regularizer_s": 1.0, "step_s": 4.0}
+    profile = msgspec.structs.replace(PROFILE, **parts, step_low_s=3.0, step_high_s=6.0)
+    step = measured_step(NETWORK, [profile], fp32(64))
+    assert (step.low_s, step.compute_s, step.high_s) == pytest.approx((2.25, 3.0, 4.5))
+
+
+def test_a_step_whose_spread_nobody_recorded_is_as_unsure_as_the_sum_of_its_layers_is_wrong():
+    """By a fifth of the step: the layers took longer than the passes, which took no time, or the passes did."""
+    layers_s = sum(layer.forward_s + (layer.backward_s or 0.0) for layer in PROFILE.layers)
+    for passes_s in (0.0, 2 * layers_s):
+        half = {"forward_s": passes_s / 2, "backward_s": passes_s / 2, "step_s": 5 * layers_s}
+        step = measured_step(NETWORK, [msgspec.structs.replace(PROFILE, **half)], fp32(64, regularizer="group_lasso"))
+        assert step.compute_s == pytest.approx(5 * layers_s)
+        assert (step.low_s, step.high_s) == pytest.approx((5 * layers_s / 1.2, 5 * layers_s * 1.2))
+
+
+def test_the_interval_holds_the_step_whatever_was_recorded_as_the_fastest_and_the_slowest():
+    for low, high in ((1.1, 1.2), (0.8, 0.9)):
+        profile = msgspec.structs.replace(PROFILE, step_low_s=low * PROFILE.step_s, step_high_s=high * PROFILE.step_s)
+        step = measured_step(NETWORK, [profile], fp32(64, regularizer="group_lasso"))
+        expected = (min(low, 1.0) * PROFILE.step_s, max(high, 1.0) * PROFILE.step_s)
+        assert (step.low_s, step.high_s) == pytest.approx(expected)
+
+
+def test_a_device_profile_keeps_the_passes_the_layers_and_the_tensors_that_learn_apart():
+    idle = Parameter(name="idle", layer="", shape=(1000,))
+    network = msgspec.structs.replace(NETWORK, parameters=(*NETWORK.parameters, idle))
+    forward_s, backward_s = (range(1, len(NETWORK.layers) + 1), range(100, len(NETWORK.layers) + 100))
+    layers = tuple(
+        LayerProfile(layer=layer.name, forward_s=there, backward_s=None if layer.inplace else back)
+        for layer, there, back in zip(NETWORK.layers, forward_s, backward_s, strict=True)
+    )
+    profile = msgspec.structs.replace(PROFILE, layers=layers, step_high_s=9.0)
+    step, operators = of_profile(network, profile, optimizer="adam", criterion="slimming", momentum=0.5, proximal=True)
+    assert (step.num_parameters, step.num_tensors) == (NETWORK.num_parameters, len(NETWORK.parameters))
+    assert (step.forward_s, step.backward_s) == (PROFILE.forward_s, PROFILE.backward_s)
+    assert step.layers_forward_s == sum(forward_s)
+    without = sum(back for layer, back in zip(NETWORK.layers, backward_s, strict=True) if layer.inplace)
+    assert step.layers_backward_s == sum(backward_s) - without
+    assert (step.optimizer, step.criterion, step.momentum, step.proximal) == ("adam", "slimming", 0.5, True)
+    assert (step.step_low_s, step.step_s, step.step_high_s) == (PROFILE.step_s, PROFILE.step_s, 9.0)
+    assert {time.context for time in operators} == {"step"}
+    first = next(time for time in operators if time.operator.inputs == ((3, 32, 32),))
+    assert (first.forward_s, first.backward_s) == (1, 100)
 
 
 def test_a_step_in_three_passes_is_three_measured_passes_with_two_sums_one_penalty_and_one_update():

@@ -484,3 +484,10 @@ def test_buckets_beside_the_gradients_are_as_large_as_they_are(resnet: Network) 
     assert apart.peak_bytes - alone.peak_bytes == apart.gradient_bytes - alone.gradient_bytes == gradients
     assert alone.gradient_bytes == views.gradient_bytes == gradients
     assert alone.peak_bytes < views.peak_bytes < apart.peak_bytes + 1
+
+
+@pytest.mark.parametrize(("beyond", "fits"), [(-1, True), (0, True), (1, False)])
+def test_what_may_be_had_to_the_last_byte_fits(beyond: int, fits: bool) -> None:
+    device = load_device("t4")
+    need = iteration_memory(by_hand(), StepSetting(batch=5), device=device)
+    assert msgspec.structs.replace(need, device_bytes=15_805_479_649 + beyond).fits(device) == fits  # 0.92 · 16 · 2³⁰

@@ -89,6 +89,24 @@ def test_a_latency_that_the_user_states_is_that_of_the_fastest_protocols_hop() -
 
 
 @pytest.mark.parametrize(
+    ("algorithm", "protocol", "call", "hop"),
+    [
+        # a ring's hop by LL takes 2.7 µs in NCCL's table, so a link of 5.4 µs takes twice what the table says
+        ("ring", "LL", 2 * 6.6, 5.4),
+        ("ring", "Simple", 4 * 8.4, 2 * 14),
+        ("tree", "LL", 2 * 6.8, 2 * 5),
+        ("tree", "LL128", 3 * 14, 2 * 8.5),
+    ],
+)
+def test_the_latency_of_a_network_is_that_of_a_rings_hop_by_the_fastest_protocol(
+    algorithm: str, protocol: str, call: float, hop: float
+) -> None:
+    """Two nodes of one GPU: the message, or its halves, go there and back."""
+    pair = node(gpus_per_node=1, inter=link(LinkKind.INFINIBAND, latency_s=5.4e-6))
+    assert line(pair, 2, algorithm, protocol)[0] == pytest.approx(call + 2 * hop)
+
+
+@pytest.mark.parametrize(
     ("algorithm", "nics", "thin", "latency", "inside", "between"),
     [
         # 28 hops inside and 2 between; 30/16 over either link, 0.8 of 100 and half of 25 GB/s.

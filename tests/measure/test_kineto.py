@@ -155,6 +155,21 @@ def test_images_of_a_job_of_unknown_size_are_said_to_be_those_of_one_rank(tmp_pa
     assert any("no file says how many ranks" in note for note in found.notes) == communicates
 
 
+@pytest.mark.parametrize(
+    ("ranks", "communicates", "parallel"),
+    [(8, True, True), (8, False, True), (None, True, True), (1, False, False), (None, False, False)],
+)
+def test_a_step_is_one_of_several_gpus_where_the_file_says_so_or_it_communicates(
+    tmp_path: Path, ranks: int | None, communicates: bool, parallel: bool
+) -> None:
+    """Else the hooks of its gradients, which it holds, would be counted once more."""
+    document = gpu_trace(distributedInfo=None if ranks is None else {"rank": 0, "world_size": ranks})
+    if not communicates:
+        document["traceEvents"] = [e for e in document["traceEvents"] if not e["name"].startswith("nccl")]
+    (step,) = import_kineto([write(tmp_path / "a.json", document)]).profile.steps
+    assert step.data_parallel == parallel
+
+
 def test_a_profiled_step_is_projected_onto_more_gpus(tmp_path: Path) -> None:
     """One that was recorded on 8 holds the hooks of its gradient, and what its all-reduce slows it down.
 

@@ -58,6 +58,25 @@ def test_a_gated_block_is_gated_again_as_more_of_its_channels_vanish() -> None:
     same_function(model, zeroed, SMALL_IMAGE)
 
 
+def test_an_average_of_the_weights_is_gated_as_its_model_is() -> None:
+    """It keeps weights of its own, and goes on averaging."""
+    model = small_resnet()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        for network in (model, average.module):
+            network.get_parameter("blocks.0.a.weight")[:, 2:8] = 0
+            network.get_parameter("blocks.0.b.weight")[4:9] = 0
+        for parameter in average.module.parameters():
+            parameter *= 1.5
+    zeroed = copy.deepcopy(average.module)
+    assert reconfigure(model, find_groups(model, SMALL_IMAGE), mode="gating", shadows=[average]).changed
+    assert {name: value.shape for name, value in average.module.state_dict().items()} == {
+        name: value.shape for name, value in model.state_dict().items()
+    }
+    same_function(average.module, zeroed, SMALL_IMAGE)
+    average.update_parameters(model)
+
+
 class Meeting(nn.Module):
     """Two convolutions that meet at a sum, and the layer that reads it: a stream that three layers touch."""
 

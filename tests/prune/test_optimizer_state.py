@@ -100,11 +100,13 @@ def test_flat_and_factored_states_are_cut_where_their_axes_are_clear():
     [
         {"row": torch.rand(4, 3, 3)},  # of a weight of 4 × 4 × 3 × 3: of its rows, or of its columns
         {"state1": torch.zeros(4, 4, 3, 3, dtype=torch.uint8), "qmap1": torch.rand(256)},  # bitsandbytes
+        {"state1": torch.zeros(4, 4, 3, 3, dtype=torch.uint8)},
+        {"state1": torch.zeros(4, 4, 3, 3, dtype=torch.int8)},
         {"factor": torch.rand(7, 7)},
         {"factors": [torch.rand(4, 4)]},
         {"precondition": torch.eye(4)},  # Shampoo's, of one axis; not of both
     ],
-    ids=["ambiguous", "8-bit", "odd", "list", "square"],
+    ids=["ambiguous", "8-bit", "bytes", "signed bytes", "odd", "list", "square"],
 )
 def test_a_state_that_nobody_knows_how_to_cut_begins_anew_with_a_warning(state):
     old = nn.Parameter(torch.rand(4, 4, 3, 3))
@@ -113,6 +115,30 @@ def test_a_state_that_nobody_knows_how_to_cut_begins_anew_with_a_warning(state):
     with pytest.warns(UserWarning, match="is not shaped like the weight"):
         cut_optimizer(optimizer, [Replacement(old, new, {0: torch.tensor([0, 1, 3]), 1: torch.tensor([1, 2])})])
     assert new not in optimizer.state
+
+
+class Around(Kept):
+    """An optimizer around another, as Lookahead: each keeps a state of the same weight."""
+
+    def __init__(self, inner, state):
+        self.base_optimizer = inner
+        super().__init__([p for group in inner.param_groups for p in group["params"]], state)
+
+
+def test_an_optimizer_around_another_is_cut_with_it():
+    values = torch.arange(6 * 4 * 9.0).view(SHAPE)
+    old, other = nn.Parameter(values.clone()), nn.Parameter(torch.rand(3))
+    inner = Kept([old, other], {})
+    inner.state[old] = {"momentum": 2 * values}
+    outer = Around(inner, {})
+    outer.state[old] = {"slow": 3 * values}
+    new = nn.Parameter(part(old))
+    cut_optimizer(outer, [Replacement(old, new, KEPT)])
+    for optimizer, name, factor in ((inner, "momentum", 2), (outer, "slow", 3)):
+        (group,) = optimizer.param_groups
+        assert [id(p) for p in group["params"]] == [id(new), id(other)]
+        assert old not in optimizer.state
+        assert torch.equal(optimizer.state[new][name], factor * part(values))
 
 
 # Those of timm whose update of an element depends on that element alone. The others take norms or means over a weight

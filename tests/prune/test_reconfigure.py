@@ -12,7 +12,7 @@ from ptsim.prune.cut import take
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
 from ptsim.prune.structure import apply_structure, structure_of
-from tests.prune.helpers import zero_some
+from tests.prune.helpers import SMALL_IMAGE, small_resnet, zero_some
 
 
 @pytest.mark.parametrize("name", ["resnet20", pytest.param("vgg11", marks=pytest.mark.slow)])
@@ -30,6 +30,20 @@ def test_the_pruned_network_equals_the_zeroed_one_in_both_modes(name: str, train
     images = torch.rand(4, *entry.input_shape, dtype=torch.float64)
     model.train(training), zeroed.train(training)
     torch.testing.assert_close(model(images), zeroed(images), rtol=1e-9, atol=1e-12)
+
+
+def test_every_output_channel_that_goes_counts_whatever_goes_with_it() -> None:
+    """One channel of the residual stream is written by the stem and three blocks; another is inside a block."""
+    model = small_resnet()
+    with torch.no_grad():
+        for writer in (model.stem, *(block.b for block in model.blocks)):
+            writer.weight[4] = 0
+        for reader in (model.head, *(block.a for block in model.blocks)):
+            reader.weight[:, 4] = 0
+        model.blocks[1].a.weight[2], model.blocks[1].b.weight[:, 2] = 0, 0
+    surgery = reconfigure(model, find_groups(model, SMALL_IMAGE))
+    assert (surgery.channels_removed, surgery.layers_removed) == (4 + 1, ())
+    assert (model.stem.out_channels, model.blocks[1].a.out_channels, model.head.in_features) == (11, 7, 11)
 
 
 @pytest.mark.slow

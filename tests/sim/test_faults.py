@@ -139,6 +139,24 @@ def test_a_node_that_is_not_full_takes_its_own_gpus_away_and_brings_them_back(mo
     assert (run.total_s, run.lost_s, run.restart_s, run.slow_s) == pytest.approx((155.0, 30.0, 80.0, 5.0))
 
 
+def test_gpus_that_are_away_fail_no_more_and_come_back_each_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes of 4, 4 and 1 of 9 GPUs, of which the last is hit where 0.12 of those at work are less than one.
+
+    After 10 s a node of four leaves, for 100 s; after 20 s with 5 GPUs the single one does, from 35 to 135 s. The four
+    train 40 s of nine in 90 s, up to 130 s, and are eight again. 2 s later four leave: the single one is still away.
+    After the restart five train the other 40 s in 72 s.
+    """
+    script = Script(10.0, 20.0, math.inf, 2.0, math.inf, node=0.12)
+    monkeypatch.setattr("ptsim.sim.faults.random.Random", lambda seed: script)
+    faults = Faults(
+        mtbf_gpu_hours=1.0, checkpoint_interval_s=40.0, checkpoint_s=0.0, restart_s=5.0, policy="elastic",
+        repair_s=100.0, num_runs=1,
+    )  # fmt: skip
+    run = simulate_faults(80.0, 9, 4, faults)
+    assert script.rates == pytest.approx([gpus / HOUR for gpus in (9, 5, 4, 8, 5)])
+    assert (run.total_s, run.lost_s, run.slow_s) == pytest.approx((132 + 5 + 72, 32.0, 50 + 32))
+
+
 def test_the_interval_is_from_the_5th_to_the_95th_percentile_of_the_runs() -> None:
     """The mean of n runs and that of n - 1 tell how long the n-th took."""
     few = Faults(mtbf_gpu_hours=5.0)
