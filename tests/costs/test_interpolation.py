@@ -115,6 +115,17 @@ def test_one_operator_speaks_for_its_kind_in_proportion_and_within_a_factor_of_t
     assert found.log_error == pytest.approx(math.log(2))
 
 
+@pytest.mark.parametrize("needed", [False, True])
+def test_whether_an_input_needs_a_gradient_is_asked_of_the_backward_pass_alone(needed: bool) -> None:
+    measured = conv(2048, 2048, size=64, batch=64, input_needs_gradient=needed)
+    asked = conv(2048, 1024, size=64, batch=64, input_needs_gradient=not needed)
+    found = known(took(measured, 3.0, 5.0))
+    forward = found.estimate(asked, "forward")
+    assert forward is not None
+    assert forward.seconds == pytest.approx(1.5)
+    assert found.estimate(asked, "backward") is None
+
+
 @pytest.mark.parametrize(("op", "size"), [("conv1d", (12,)), ("conv3d", (1, 3, 4))])
 def test_signals_and_volumes_are_judged_as_images_of_as_many_pixels(op: str, size: tuple[int, ...]) -> None:
     """Where more than 16 channels come in, all take twice as long."""

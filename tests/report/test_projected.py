@@ -18,7 +18,7 @@ from ptsim.report.projected import LabelledRun, Projector, labelled_runs
 from ptsim.report.specs import PROJECTIONS, SAVINGS
 from ptsim.report.tables import make_table
 from ptsim.sim.options import HourPrice, Options
-from ptsim.trace.pairs import compare_runs, first_epochs
+from ptsim.trace.pairs import compare_runs, first_epochs, held_dense
 from ptsim.trace.schema import Epoch
 from tests.report.simulated import FixedProjector, epoch_projection, run_projection
 from tests.traces import NetworkBuilder, dense_trace, shrinking_trace
@@ -235,6 +235,16 @@ def test_plans_that_were_not_written_and_share_a_path_are_told_apart(traces: lis
     projector = Projector(load_cluster("dgx-a100"), Options())
     short_s, long_s = (projector.run(run, trace.run.world_size).compute_s for run in (trace, longer))
     assert long_s == pytest.approx(2 * short_s)
+
+
+def test_a_run_its_beginning_and_its_held_first_network_are_told_apart(traces: list[ptsim.Trace]) -> None:
+    """All three have the path and the facts of one trace."""
+    pruned, cluster = traces[1], load_cluster("dgx-a100")
+    shared = Projector(cluster, Options())
+    runs = (pruned, held_dense(pruned), first_epochs(pruned, 3), held_dense(first_epochs(pruned, 3)))
+    found = [shared.run(run, 8) for run in runs]
+    assert found == [Projector(cluster, Options()).run(run, 8) for run in runs]
+    assert len({projection.total_s for projection in found}) == 4
 
 
 def test_a_saving_by_hand() -> None:

@@ -181,6 +181,22 @@ def test_the_pace_is_how_fast_the_machine_ran_the_same_network(folder: Path) -> 
     assert pace(slowed) == pytest.approx(1.25, rel=0.01)
 
 
+def test_an_epoch_that_was_disturbed_does_not_change_the_pace(folder: Path) -> None:
+    """One of three epochs of the unpruned network took ten times as long, in the pruned run or in the dense one."""
+    dense, pruned = read(
+        dense_trace(folder / "dense.jsonl", epochs=3), shrinking_trace(folder / "pruned.jsonl", epochs=3, interval=3)
+    )
+
+    def disturbed(run: ptsim.Trace) -> ptsim.Trace:
+        first, *rest = run.epochs
+        time = msgspec.structs.replace(first.time, wall_s=10 * first.time.wall_s)
+        return msgspec.structs.replace(run, epochs=(msgspec.structs.replace(first, measured_time=time), *rest))
+
+    for runs in ([dense, disturbed(pruned)], [disturbed(dense), pruned]):
+        (comparison,) = compare_runs(runs)
+        assert pace(comparison) == pytest.approx(1.0, rel=0.01)
+
+
 def test_a_reconfiguration_after_the_last_epoch_counts_in_what_the_run_ends_with(folder: Path) -> None:
     (run,) = read(shrinking_trace(folder / "t.jsonl", epochs=6, interval=2))
     last = run.reconfigurations[-1]

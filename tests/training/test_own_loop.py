@@ -1,6 +1,7 @@
 """PruneTrain and Recorder in a loop that somebody else has written."""
 
 import copy
+import dataclasses
 import errno
 import gc
 import os
@@ -83,6 +84,17 @@ def test_a_collapse_is_said_of_the_line_that_ended_the_epoch():
     with pytest.warns(UserWarning, match="the network has collapsed") as said:
         pruner.end_epoch()
     assert [warning.filename for warning in said] == [__file__]
+
+
+def test_a_summary_names_the_layers_that_went_in_all_reconfigurations(monkeypatch):
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, interval=1, threshold=1e-9)
+    prune, gone = pruner.prune, iter([("a",), (), ("b", "c")])
+    monkeypatch.setattr(pruner, "prune", lambda: dataclasses.replace(prune(), layers_removed=next(gone)))
+    train(pruner, model, optimizer, 3, images_and_labels(1))
+    assert pruner.summary().layers_removed == ("a", "b", "c")
+    assert pruner.summary().reconfigurations == 3
 
 
 def test_the_same_run_by_ptsim_train_and_in_an_own_loop_is_the_same_to_the_bit(tmp_path):
