@@ -95,11 +95,6 @@ class _Device:
         self._setting = setting
         self._steps = [step for step in steps if step.setting == setting]
         self._operators = Interpolator(operators, setting)
-        hosts: dict[LayerKind, list[float]] = defaultdict(list)
-        for time in operators:
-            if time.host_s is not None and time.operator.setting == setting:
-                hosts[time.operator.kind].append(time.host_s)
-        self._host_s = {kind: statistics.median(values) for kind, values in hosts.items()}
 
     def step(self, network: Network, setting: StepSetting) -> StepTime:
         """See `profiled_step`."""
@@ -120,16 +115,12 @@ class _Device:
         if measured is not None:
             ratios = _over(measured.forward_s, forward_s), _over(measured.backward_s, backward_s)
             low, high = measured.step_low_s / measured.step_s, measured.step_high_s / measured.step_s
-            overhead_s = 0.0
             optimizer_s = _update_seconds(measured, setting=setting) or optimizer_s
             regularizer_s = (regularizer and self._penalty_seconds(network, setting, measured)) or regularizer_s
         else:
             ratios, ratio_error = self._ratios(forward_s + backward_s, len(network.layers))
             error = math.hypot(_common_error(estimates), ratio_error, self._jitter())
             low, high = math.exp(-Z90 * error), math.exp(Z90 * error)
-            launched_s = sum(self._host_s.get(layer.kind, 0.0) for layer in network.layers)
-            kernels_s = forward_s * ratios[0] + backward_s * ratios[1]
-            overhead_s = 0.0 if self._steps else max(launched_s - kernels_s, 0.0)
         layers = tuple(
             LayerTime(
                 layer=layer.name,
@@ -140,12 +131,12 @@ class _Device:
             )
             for layer, (forward, backward) in zip(network.layers, estimates, strict=True)
         )
-        total_s = sum(t.forward_s + t.backward_s for t in layers) + optimizer_s + regularizer_s + overhead_s
+        total_s = sum(t.forward_s + t.backward_s for t in layers) + optimizer_s + regularizer_s
         step = StepTime(
             layers=layers,
             optimizer_s=optimizer_s,
             regularizer_s=regularizer_s,
-            overhead_s=overhead_s,
+            overhead_s=0.0,  # in the layers, whose sum is made as long as whole steps are
             low_s=total_s * low,
             high_s=total_s * high,
             tier=Tier.PROFILED,
