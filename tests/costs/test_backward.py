@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -239,30 +240,30 @@ def moved_by_torch(model: Net, case: Case) -> tuple[int, int]:
     return moved.num_bytes, moved.kernels
 
 
+def moved_by_ptsim(network: Network, *, forward: bool) -> tuple[float, float]:
+    """Bytes and kernels of the function, forward or of its gradients."""
+    kernels = network_kernels(network, StepSetting(batch=BATCH), tensor_cores=False)
+    inside = [i for i, layer in enumerate(network.layers) if not layer.name.startswith(OUTSIDE)]
+    ours = np.isin(kernels.layer, inside) & ((kernels.step == Pass.FORWARD) == forward)
+    return float(kernels.moved_bytes[ours].sum()), float(kernels.launches[ours].sum())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_read_and_write_what_torchs_operators_do(name: str) -> None:
     case = CASES[name]
     model, network = described(case)
-    kernels = network_kernels(network, StepSetting(batch=BATCH), tensor_cores=False)
-    inside = [i for i, layer in enumerate(network.layers) if not layer.name.startswith(OUTSIDE)]
-    ours = [k for k, layer in enumerate(kernels.layer) if layer in inside and kernels.step[k] != Pass.FORWARD]
     num_bytes, launches = moved_by_torch(model, case)
-    assert kernels.moved_bytes[ours].sum() == num_bytes + case.more
-    assert kernels.launches[ours].sum() == launches
+    assert moved_by_ptsim(network, forward=False) == (num_bytes + case.more, launches)
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_operators_in_place_copy_what_their_gradient_needs(name: str) -> None:
     case = IN_PLACE[name]
     model, network = described(case)
-    kernels = network_kernels(network, StepSetting(batch=BATCH), tensor_cores=False)
-    inside = [i for i, layer in enumerate(network.layers) if not layer.name.startswith(OUTSIDE)]
-    ours = [k for k, layer in enumerate(kernels.layer) if layer in inside and kernels.step[k] == Pass.FORWARD]
     operands = [torch.rand(BATCH, *shape, requires_grad=True) * 1 for shape in case.shapes]
     with Moved() as moved:
         case.function(*operands, *model.own)
-    assert kernels.moved_bytes[ours].sum() == moved.num_bytes
-    assert kernels.launches[ours].sum() == moved.kernels
+    assert moved_by_ptsim(network, forward=True) == (moved.num_bytes, moved.kernels)
 
 
 @pytest.mark.slow
