@@ -36,18 +36,23 @@ class ModelEntry:
     num_classes: int
     takes_classes: bool = True
 
-    def classes(self, wanted: int | None) -> int:
-        """The number of classes to make it for: the usual one if None is wanted.
+    def make(self, num_classes: int | None = None, *, usual: int | None = None) -> Any:
+        """A network for so many classes; where nobody says how many, for `usual`, else the entry's usual number.
 
         Raises:
-            UsageError: a number on which the network does not depend.
+            UsageError: see `create`.
         """
-        if wanted is not None and not self.takes_classes:
+        usual = self.num_classes if usual is None else usual
+        model = self.build(num_classes=usual if num_classes is None else num_classes)
+        if num_classes is None or self.takes_classes:
+            return model
+        shapes = [tensor.shape for tensor in model.parameters() if not hasattr(tensor, "materialize")]  # not lazy
+        if not any(num_classes in shape[:1] for shape in shapes):
             raise UsageError(
-                f"{self.name} has no argument num_classes, so that its network would be the same for {wanted} classes",
+                f"{self.name} has no argument num_classes, and its network no layer of {num_classes} outputs",
                 hint="leave the number of classes out, or give the function the argument",
             )
-        return self.num_classes if wanted is None else wanted
+        return model
 
 
 _ENTRIES: dict[str, ModelEntry] = {}
@@ -124,10 +129,10 @@ def create(name: str, *, num_classes: int | None = None) -> Any:
     """A freshly initialised network (a `torch.nn.Module`) with `num_classes` outputs, the entry's usual number if None.
 
     Raises:
-        UnknownNameError, UsageError: see `find` and `classes`; also when a user's function fails or returns no module.
+        UnknownNameError, UsageError: see `find`; also when a user's function fails, returns no module, or takes no
+            number of classes and makes a network with another.
     """
-    entry = find(name)
-    return entry.build(num_classes=entry.classes(num_classes))
+    return find(name).make(num_classes)
 
 
 def _load_models() -> None:

@@ -109,7 +109,7 @@ def plan(model: str, options: PlanOptions | None = None, **changes: Any) -> Trac
 
     entry = zoo.find(model)
     dense = dense_network(
-        lambda: entry.build(num_classes=asked.num_classes),
+        lambda: entry.make(wanted.num_classes, usual=asked.num_classes),
         name=model,
         input_shape=asked.input_shape,
         num_classes=asked.num_classes,
@@ -188,8 +188,6 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
     images, epochs = given("images", options.images), given("epochs", options.epochs)
     interval = given("interval", options.interval, DEFAULT_INTERVAL)
     num_classes = given("classes", options.num_classes, entry.num_classes)
-    if options.num_classes is not None:
-        entry.classes(num_classes)  # refuses a number that the model cannot take
     shape = options.input_shape or entry.input_shape
     asked = _Asked(
         model=model,

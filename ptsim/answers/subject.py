@@ -187,9 +187,9 @@ def captured(subject: Any, input_shape: tuple[int, int, int] | None, num_classes
             if name and Path(name).is_dir():  # meant as a run folder
                 trace_path(Path(name))
             raise
-        classes = entry.classes(num_classes)
+        classes = entry.num_classes if num_classes is None else num_classes
         shape = input_shape or entry.input_shape
-        return capture_network(entry.build(num_classes=classes), name=name, input_shape=shape, num_classes=classes)
+        return capture_network(entry.make(num_classes), name=name, input_shape=shape, num_classes=classes)
     if input_shape is None:
         raise UsageError("a live module does not say what it is fed; give input_shape=(channels, height, width)")
     return capture_network(subject, name=type(subject).__name__, input_shape=input_shape, num_classes=num_classes or 0)

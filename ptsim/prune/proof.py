@@ -213,7 +213,7 @@ def inspect(
         if isinstance(model, str):
             entry = zoo.find(model)
             name, shape = entry.name, image_shape(entry.input_shape if input_shape is None else input_shape)
-            network = entry.build(num_classes=entry.classes(num_classes))
+            network = entry.make(num_classes)
         else:
             name, shape = type(model).__name__, image_shape((3, 224, 224) if input_shape is None else input_shape)
             network = copied(model)

@@ -85,7 +85,7 @@ def test_the_memory_bound_half_of_a_step_is_a_number() -> None:
     assert report.streamed_bytes == 4 * (2 * (batch_norm + relu + pool) + update)
     assert report.streamed_seconds == pytest.approx(report.streamed_bytes / 1555e9)
     convolution = 2 * (2 * (192 + 256) + 108)  # forward and weight gradient; images need no gradient
-    linear = 3 * (2 * (4 + 10) + 40)  # the bias is added by the same kernel
+    linear = 3 * (2 * (4 + 10) + 40) + 2 * 10  # the bias is added by the same kernel; its gradient is a sum
     assert report.product_bytes == 4 * (convolution + linear)
 
 

@@ -105,7 +105,8 @@ def test_a_users_function_may_ignore_the_classes(tmp_path: Path) -> None:
     file.write_text("import torch\ndef net():\n    return torch.nn.Linear(4, 2)\nnet.num_classes = 2\n")
     assert zoo.find(f"{file}:net").num_classes == 2
     assert zoo.create(f"{file}:net").out_features == 2
-    with pytest.raises(UsageError, match=r"fixed.py:net has no argument num_classes.* the same for 5 classes"):
+    assert zoo.create(f"{file}:net", num_classes=2).out_features == 2
+    with pytest.raises(UsageError, match=r"fixed.py:net has no argument num_classes, and .* no layer of 5 outputs"):
         zoo.create(f"{file}:net", num_classes=5)
 
 
