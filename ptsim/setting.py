@@ -122,7 +122,12 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def holds_gradients(self) -> bool:
         """Whether gradients are always there: in the buckets of all-reduces, from one pass to the next, or zeroed."""
-        return (self.data_parallel and self.bucket_views) or self.passes > 1 or not self.groups_updates
+        return (self.data_parallel and not self.buckets_apart) or self.passes > 1 or not self.groups_updates
+
+    @property
+    def buckets_apart(self) -> bool:
+        """Whether buckets of all gradients are there beside the gradients; ZeRO-2 has two at a time, and no others."""
+        return self.data_parallel and not self.bucket_views and self.sharding != "zero2"
 
     @property
     def groups_updates(self) -> bool:

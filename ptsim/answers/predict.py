@@ -181,12 +181,7 @@ def predict(
         optimizer=asked.optimizer,
         num_gpus=1 if machine is None else (machine.gpus_per_node if gpus is None else gpus),
     )
-    setting = msgspec.structs.replace(
-        setting,
-        bucket_views=setting.bucket_views or sharding != "none",  # ZeRO has buckets of its own, and DDP's are not there
-        sharding=sharding,
-        torch_version=version or setting.torch_version,
-    )
+    setting = msgspec.structs.replace(setting, sharding=sharding, torch_version=version or setting.torch_version)
     known = Measurements.of(subject.trace, device, calibrated)
     step = step_time(subject.network, device, setting, measurements=known)
     if version is not None and step.tier != Tier.DATASHEET:

@@ -116,7 +116,7 @@ def iteration_memory(
     states = _share(optimizer.states(setting.momentum) * learnt, shared)
     library = _library_workspace(network, device) if device is not None and gpu else 0
     gradients = _held_gradients(network, setting, learnt, buckets)
-    apart = learnt if setting.data_parallel and not setting.bucket_views else 0  # buckets beside the gradients
+    apart = learnt if setting.buckets_apart else 0
     copies = seen.weight_copy_bytes
     kept = seen.kept_fixed_bytes + batch * seen.kept_image_bytes - copies
     highest = _highest(seen, network, batch, memory_format=memory_format, buckets=setting.holds_gradients)

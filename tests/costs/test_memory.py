@@ -484,6 +484,13 @@ def test_buckets_beside_the_gradients_are_as_large_as_they_are(resnet: Network) 
     assert apart.peak_bytes - alone.peak_bytes == apart.gradient_bytes - alone.gradient_bytes == gradients
     assert alone.gradient_bytes == views.gradient_bytes == gradients
     assert alone.peak_bytes < views.peak_bytes < apart.peak_bytes + 1
+    sharded = iteration_memory(resnet, StepSetting(batch=256, num_gpus=8, bucket_views=False, sharding="zero1"))
+    assert apart.peak_bytes - sharded.peak_bytes == pytest.approx(gradients * 7 / 8, abs=1)  # of the momentum
+    fewest = [
+        iteration_memory(resnet, StepSetting(batch=256, num_gpus=8, bucket_views=views, sharding="zero2"))
+        for views in (True, False)
+    ]
+    assert fewest[0] == fewest[1]
 
 
 @pytest.mark.parametrize(("beyond", "fits"), [(-1, True), (0, True), (1, False)])
