@@ -27,7 +27,7 @@ from ptsim.setting import (
     positive_number,
     whole_number,
 )
-from ptsim.trace.io import read_trace, trace_path
+from ptsim.trace.io import TRACE, read_trace, trace_path
 from ptsim.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def is_run(subject: Any) -> bool:
     if not isinstance(subject, str | Path) or ".py:" in str(subject) or str(subject).endswith(".py"):
         return False
     path = Path(subject)
-    there = isinstance(subject, Path) or path.is_file() or (path / "trace.jsonl").is_file()
+    there = isinstance(subject, Path) or path.is_file() or (path / TRACE).is_file()
     return there or len(path.parts) > 1 or path.suffix in (".jsonl", ".json")
 
 

@@ -139,13 +139,13 @@ def check_output(out: Path, *inputs: Path) -> None:
     """
     if not os.path.isfile(out):
         return
-    written = os.path.realpath(out)
-    for path in inputs:
-        if written in (os.path.realpath(path), os.path.realpath(path / "trace.jsonl")):
-            raise UsageError(f"{out} is also an input; choose another file to write")
-    from ptsim.trace.io import read_records  # not for `ptsim --help`
+    from ptsim.trace.io import TRACE, read_records  # not for `ptsim --help`
     from ptsim.trace.schema import Run
 
+    written = os.path.realpath(out)
+    for path in inputs:
+        if written in (os.path.realpath(path), os.path.realpath(path / TRACE)):
+            raise UsageError(f"{out} is also an input; choose another file to write")
     with contextlib.suppress(FileFormatError):
         _, record = next(read_records(out))
         if isinstance(record, Run) and record.origin != "planned":

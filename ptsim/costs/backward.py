@@ -108,11 +108,13 @@ class Moved(NamedTuple):
 
 def made_first(layer: Layer, batch: int, given: int, width: int) -> Moved:
     """Forward, before the operator's own kernel: a copy of what it overwrites, or the reciprocal of `1 / x`."""
-    sizes, learns = _operands(layer, batch)
     if layer.op == "rdiv" and not layer.num_parameters:
         return Moved(2 * layer.output_elements * batch * width, 1)
-    needed = any(learns) if layer.op in _NEED_INPUT else layer.op in _NEED_FIRST and any(learns[1:])
-    return Moved(2 * sizes[0] * given, 1) if layer.inplace and needed else Moved(0, 0)
+    if layer.inplace:
+        sizes, learns = _operands(layer, batch)
+        if any(learns) if layer.op in _NEED_INPUT else layer.op in _NEED_FIRST and any(learns[1:]):
+            return Moved(2 * sizes[0] * given, 1)
+    return Moved(0, 0)
 
 
 def gradient_of_elementwise(layer: Layer, batch: int, given: int, width: int) -> Moved:

@@ -19,7 +19,7 @@ from ptsim.costs.collectives import all_reduce, ring_wire_bytes
 from ptsim.costs.nccl import default_fit
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import cluster_names, load_cluster, match_device, measured_device
-from ptsim.hardware.nccl_log import NcclLog, chosen_kind, with_nodes
+from ptsim.hardware.nccl_log import NcclLog, of_one_kind, with_nodes
 from ptsim.hardware.spec import AllReduceTable, Cluster, Device, Link, LinkKind
 from ptsim.textfile import printable
 from ptsim.units import counted
@@ -44,22 +44,9 @@ def tables_from_logs(logs: Sequence[NcclLog]) -> list[AllReduceTable]:
     return [_table([log for log in logs if (log.num_gpus, log.num_nodes) == layout]) for layout in layouts]
 
 
-def _of_one_kind(runs: Sequence[NcclLog]) -> list[NcclLog]:
-    """The runs of one data type and reduction; a `UserWarning` tells of others."""
-    kinds = dict.fromkeys(run.kind for run in runs)
-    chosen = chosen_kind(kinds)
-    if others := [" ".join(kind) for kind in kinds if kind != chosen]:
-        warnings.warn(
-            f"runs of {runs[0].num_gpus} GPUs that reduced {' and '.join(others)} are left out beside those of "
-            f"{' '.join(chosen)}",
-            stacklevel=4,
-        )
-    return [run for run in runs if run.kind == chosen]
-
-
 def _table(runs: Sequence[NcclLog]) -> AllReduceTable:
     """Geometric means of the runs' times; the jitter within runs, and between them if that is more."""
-    runs = _of_one_kind(runs)
+    runs = of_one_kind(runs, lambda run: run.kind, f"runs of {runs[0].num_gpus} GPUs")
     taken: dict[int, list[float]] = {}
     for run in runs:
         for measurement in run.measurements:

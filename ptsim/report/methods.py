@@ -195,7 +195,7 @@ def _option_rows(projector: Projector) -> Iterator[Row]:
 
 
 def _contention() -> str:
-    """By how much on which links, as fitted: "over PCIe by 100 %, …, elsewhere by 20 %"."""
+    """By how much on which links, as shipped: "over TCP by 5 %, elsewhere by 20 %"."""
     fitted = load_scaling().contention
     links = {kind: f"over {kind.upper()}" for kind in fitted if kind != "other"} | {"other": "elsewhere"}
     return ", ".join(f"{where} by {100 * fitted[kind]:.0f} %" for kind, where in links.items())

@@ -41,7 +41,7 @@ _DECODER: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
 _ENCODER = msgspec.json.Encoder()
 MOST_BYTES = 512 * 2**20  # of a trace: 1000 epochs of a network of 40,000 channels
 MOST_LINE_BYTES = 64 * 2**20  # of a record
-CONFIG = "config.toml"  # of a run of `ptsim train`, in its folder
+TRACE, CONFIG = "trace.jsonl", "config.toml"  # in a run's folder; only `ptsim train` writes the second
 _EXPECTED = "expected a trace whose first line is a run record"
 
 
@@ -52,7 +52,7 @@ def trace_path(path: str | Path) -> Path:
         FileFormatError: there is no such file.
     """
     path = Path(path)
-    file = path / "trace.jsonl" if os.path.isdir(path) else path
+    file = path / TRACE if os.path.isdir(path) else path
     if not os.path.exists(file):
         raise FileFormatError(path, "no trace here; expected a trace.jsonl file or a run folder that holds one")
     return file
@@ -69,7 +69,7 @@ def run_folder(path: str | Path) -> Path:
     if os.path.isfile(folder):
         raise FileFormatError(folder, "found a file, expected a run folder")
     if not os.path.isfile(folder / CONFIG):
-        if not os.path.isfile(folder / "trace.jsonl"):
+        if not os.path.isfile(folder / TRACE):
             raise UsageError(f"{folder} holds no run (no {CONFIG})")
         raise UsageError(
             f"{folder} holds no run of ptsim train (no {CONFIG}), only a trace, and a trace has no weights",
@@ -81,7 +81,7 @@ def run_folder(path: str | Path) -> Path:
 def trace_name(path: str | Path) -> str:
     """What to call the run of a trace file: its folder's name where the file is a run's trace.jsonl, else its own."""
     path = Path(path)
-    return path.parent.name or str(path) if path.name == "trace.jsonl" else path.stem
+    return path.parent.name or str(path) if path.name == TRACE else path.stem
 
 
 def read_records(path: str | Path) -> Iterator[tuple[int, AnyRecord]]:

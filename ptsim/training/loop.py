@@ -21,7 +21,7 @@ from ptsim.measure.host_memory import keep_freed_memory
 from ptsim.measure.profile import tuned_convolutions
 from ptsim.measure.tf32 import tf32_allowed
 from ptsim.network import Precision
-from ptsim.trace.io import read_trace, run_folder
+from ptsim.trace.io import TRACE, read_trace, run_folder
 from ptsim.trace.schema import DeviceInfo, Epoch, Reconfiguration
 from ptsim.training.config import Config, make_config, read_config, resolve, to_settings
 from ptsim.training.data import mixed_seed
@@ -47,7 +47,6 @@ from ptsim.training.runfolder import (
 from ptsim.training.schedule import EpochPlan, epoch_plans
 from ptsim.training.step import Sums, train_epoch, validate
 from ptsim.training.storing import Storage
-from ptsim.training.tracefile import TRACE
 from ptsim.training.weights import load_weights
 from ptsim.usercode import digest
 

@@ -24,7 +24,7 @@ from torch import nn
 from ptsim import zoo
 from ptsim.errors import FileFormatError, PtsimError, UsageError
 from ptsim.textfile import printable, read_bytes, take_lock, umask, write_whole
-from ptsim.trace.io import CONFIG, read_records, run_folder
+from ptsim.trace.io import CONFIG, TRACE, read_records, run_folder
 from ptsim.trace.schema import Dataset, DeviceInfo, Run
 from ptsim.training import checkpoint as store
 from ptsim.training import stored
@@ -33,7 +33,6 @@ from ptsim.training.joining import restarted
 from ptsim.training.learner import pruned_network
 from ptsim.training.live import name_of, offered
 from ptsim.training.recipe import Recipe, check_fits
-from ptsim.training.tracefile import TRACE
 from ptsim.units import counted
 from ptsim.usercode import digest, source_files
 

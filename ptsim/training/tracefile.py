@@ -20,12 +20,10 @@ import ptsim
 from ptsim.criteria import told_penalty
 from ptsim.errors import TrainingError, UsageError
 from ptsim.network import Network
-from ptsim.trace.io import TraceWriter, read_trace
+from ptsim.trace.io import TRACE, TraceWriter, read_trace
 from ptsim.trace.schema import AnyRecord, Architecture, End, Epoch, PenaltyCosts, Profile, Run
 from ptsim.training.checkpoint import writing
 from ptsim.training.loggers import Logger, Mirror
-
-TRACE = "trace.jsonl"
 
 
 def checked_folder(record: str | os.PathLike[str] | None) -> Path | None:

@@ -11,6 +11,6 @@ Own code: no library reads these logs, and the JSON output of nccl-tests is newe
 from __future__ import annotations
 
 from ptsim.hardware.nccl_log.reading import read_nccl_log, read_nccl_logs
-from ptsim.hardware.nccl_log.record import NcclLog, NcclMeasurement, chosen_kind, with_nodes
+from ptsim.hardware.nccl_log.record import NcclLog, NcclMeasurement, of_one_kind, with_nodes
 
-__all__ = ["NcclLog", "NcclMeasurement", "chosen_kind", "read_nccl_log", "read_nccl_logs", "with_nodes"]
+__all__ = ["NcclLog", "NcclMeasurement", "of_one_kind", "read_nccl_log", "read_nccl_logs", "with_nodes"]

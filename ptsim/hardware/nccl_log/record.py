@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 
 from ptsim.errors import FileFormatError
+
+_T = TypeVar("_T")
 
 
 class NcclMeasurement(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,9 +54,20 @@ class NcclLog(msgspec.Struct, frozen=True, kw_only=True):
         return ratios[len(ratios) // 2] / 0.954 if ratios else 0.0
 
 
-def chosen_kind(kinds: Iterable[tuple[str, str]]) -> tuple[str, str]:
-    """Of several data types and reductions the one that counts: the float sum, else the first."""
-    return min(kinds, key=lambda kind: (kind[0] not in ("float", "float32"), kind[1] != "sum"))
+def of_one_kind(items: Sequence[_T], kind_of: Callable[[_T], tuple[str, str]], where: str) -> list[_T]:
+    """Of several data types and reductions those that count: the float sum, else the first.
+
+    Args:
+        items: runs or rows.
+        kind_of: data type and reduction of one.
+        where: what a `UserWarning` calls them, which tells of those that are left out.
+    """
+    kinds = dict.fromkeys(map(kind_of, items))
+    chosen = min(kinds, key=lambda kind: (kind[0] not in ("float", "float32"), kind[1] != "sum"))
+    if others := [" ".join(kind) for kind in kinds if kind != chosen]:
+        said = f"that reduced {' and '.join(others)} are left out beside those of {' '.join(chosen)}"
+        warnings.warn(f"{where} {said}", stacklevel=4)
+    return [item for item in items if kind_of(item) == chosen]
 
 
 def with_nodes(log: NcclLog, num_nodes: int | None = None, gpus_per_node: int | None = None) -> NcclLog:

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from ptsim.errors import FileFormatError
-from ptsim.hardware.nccl_log.record import NcclLog, NcclMeasurement, chosen_kind
+from ptsim.hardware.nccl_log.record import NcclLog, NcclMeasurement, of_one_kind
 
 ELEMENT_BYTES = (
     (8, "u?int64|float64|double"),
@@ -118,7 +118,7 @@ def logs_of(path: Path, section: Section) -> list[NcclLog]:
     """
     if section.problem is not None:
         raise section.problem
-    section.rows = _of_one_type(path, section.rows)
+    section.rows = of_one_kind(section.rows, lambda row: (row.type, row.redop), f"{path}: rows")
     if not any(row.size > 0 for row in section.rows):
         raise FileFormatError(path, "has empty messages only, expected all-reduces of some bytes", line=section.line)
     _warn_of_settings(path, section)
@@ -172,16 +172,6 @@ def _warn_of_settings(path: Path, section: Section) -> None:
         found.append(f"{what} was set: the times are not those that NCCL's own choice gives")
     for text in found:
         warnings.warn(f"{path}: {text}", stacklevel=3)
-
-
-def _of_one_type(path: Path, rows: list[Row]) -> list[Row]:
-    """The rows of one data type and reduction; a `UserWarning` tells of others."""
-    kinds = dict.fromkeys((row.type, row.redop) for row in rows)
-    chosen = chosen_kind(kinds)
-    if others := [" ".join(kind) for kind in kinds if kind != chosen]:
-        said = f"rows that reduced {' and '.join(others)} are left out beside those of {' '.join(chosen)}"
-        warnings.warn(f"{path}: {said}", stacklevel=3)
-    return [row for row in rows if (row.type, row.redop) == chosen]
 
 
 def _cycles(path: Path, rows: list[Row]) -> list[list[Row]]:
