@@ -52,6 +52,8 @@ PRIORS = {
     "stream_bandwidth": (0.88, 0.08),  # BabelStream reaches 0.85 to 0.93 from Volta on
     "norm_bandwidth": (0.75, 0.15),
     "layout_bandwidth": (0.75, 0.2),
+    # Four elements a thread (ATen's vectorised kernels), 2,048 threads an SM, some 900 clocks to memory and back.
+    "elements_per_clock": (9, 0.4),
     "norm_block": (2.0, 0.5),  # a block has half of the threads that an SM may hold, and loads in flight decide
     "pascal_bandwidth": (0.82, 0.06),  # the Volta white paper's 1.5 × delivered over 1.23 × stated
     "depthwise_bandwidth": (0.5, 0.3),  # neighbouring taps find their input in the caches, mostly

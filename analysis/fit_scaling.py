@@ -18,7 +18,15 @@ import msgspec
 import numpy as np
 import pandas as pd
 import tomli_w
-from public_rows import many_table, network_name, network_table, networks, one_gpu_rows, setting_of
+from public_rows import (
+    many_table,
+    network_name,
+    network_table,
+    networks,
+    one_gpu_rows,
+    setting_of,
+    steps_per_update,
+)
 from scipy.optimize import least_squares
 
 from ptsim.costs.buckets import ddp_buckets
@@ -45,6 +53,7 @@ PCIE_BYTES_PER_S = {
     "ampere": 31.5e9,
     "ada": 31.5e9,
     "hopper": 63e9,
+    "blackwell": 63e9,
 }
 GPUS_PER_NODE = 8  # of a machine whose GPUs are on PCIe slots
 ROW_SD = 0.02  # of ln(time) of a row
@@ -81,6 +90,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
     network: Network
     step: StepTime
+    alone_expected_s: float  # what one GPU is predicted to need, with the updates of the test's row of one
     cluster: Cluster
     num_gpus: int
     seconds: float
@@ -92,7 +102,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
     def predict(self, scaling: Scaling, *, as_alone: bool) -> float:
         """Seconds of the step; `as_alone` takes what one GPU was measured to need for its computation."""
-        ratio = self.alone_s / self.step.compute_s if as_alone and self.alone_s else 1.0
+        ratio = self.alone_s / self.alone_expected_s if as_alone and self.alone_s else 1.0
         whole = {} if self.overlap else {"first_bucket_bytes": ALL_BYTES, "bucket_bytes": ALL_BYTES}
         buckets = ddp_buckets(self.network, **whole)
         times = functools.cache(lambda num_bytes: all_reduce(num_bytes, self.cluster, self.num_gpus))
@@ -115,10 +125,12 @@ def cases(fit: Fit | None = None, table: pd.DataFrame | None = None) -> list[Cas
     found = []
     for _, row in (many_table() if table is None else table).iterrows():
         network = networks()[network_name(row)]
+        step = datasheet_step(network, load_device(row.device), setting_of(row), fit=fit)
         found.append(
             Case(
                 network=network,
-                step=datasheet_step(network, load_device(row.device), setting_of(row), fit=fit),
+                step=mean_step(step, steps_per_update(row, row.num_gpus)),
+                alone_expected_s=mean_step(step, steps_per_update(row, 1)).compute_s,
                 cluster=cluster_of(row),
                 num_gpus=int(row.num_gpus),
                 seconds=row.num_gpus * row.batch / row.images_per_s,
@@ -129,6 +141,11 @@ def cases(fit: Fit | None = None, table: pd.DataFrame | None = None) -> list[Cas
             )
         )
     return found
+
+
+def mean_step(step: StepTime, steps: int) -> StepTime:
+    """A step of a program that updates after so many, in the mean; gradients are reduced in every one."""
+    return msgspec.structs.replace(step.accumulated(steps).scaled(1 / steps), passes=1)
 
 
 def network_cases(table: pd.DataFrame) -> list[Case]:
@@ -171,10 +188,11 @@ def deduced_rows(scaling: Scaling) -> pd.DataFrame:
     for case, batch in zip(cases(table=table), table.batch, strict=True):
         alone_s = case.step.compute_s
         for _ in range(20):  # what the others add hardly depends on the step itself
-            added_s = msgspec.structs.replace(case, alone_s=alone_s).predict(scaling, as_alone=True) - alone_s
-            alone_s = case.seconds - added_s
+            alike = msgspec.structs.replace(case, alone_s=alone_s, alone_expected_s=case.step.compute_s)
+            alone_s = case.seconds - (alike.predict(scaling, as_alone=True) - alone_s)
         rates.append(batch / alone_s)
-    return one_gpu_rows(table.assign(images_per_s=rates), deduced=True)
+    images = table.optimizer_batch / table.num_gpus  # so that it updates as often
+    return one_gpu_rows(table.assign(images_per_s=rates, optimizer_batch=images), deduced=True)
 
 
 def fit(known: Sequence[Case]) -> Scaling:

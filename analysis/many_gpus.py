@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from fit_efficiency import Problem, evidence
 from fit_scaling import Case as ManyCase
-from fit_scaling import cases, cluster_of, controls, network_cases
+from fit_scaling import cases, cluster_of, controls, mean_step, network_cases
 from fit_scaling import fit as fit_scaling
 from public_rows import (
     Case,
@@ -23,13 +23,14 @@ from public_rows import (
     network_table,
     networks,
     setting_of,
+    steps_per_update,
     training_table,
     version_of,
 )
 from residuals import chip_name, correlation, ends
 
 from ptsim.answers.predict import predict
-from ptsim.costs.datasheet import ManyGpus, load_intervals
+from ptsim.costs.datasheet import ManyGpus, datasheet_step, load_intervals
 from ptsim.costs.scaling import Scaling, load_scaling
 from ptsim.costs.software import is_young
 from ptsim.hardware.catalog import load_device
@@ -76,10 +77,10 @@ def _line(way: str, group: str, case: ManyCase, scaling: Scaling) -> dict[str, o
         "log_ratio": float(np.log(case.seconds / expected_s)),
         "below": float(np.log(case.step.compute_s / case.step.low_s)),
         "above": float(np.log(case.step.high_s / case.step.compute_s)),
-        "alone_log_ratio": np.log(case.alone_s / case.step.compute_s) if known else np.nan,
+        "alone_log_ratio": np.log(case.alone_s / case.alone_expected_s) if known else np.nan,
         "added_log_ratio": np.log(case.seconds / case.predict(scaling, as_alone=True)) if known else np.nan,
         "measured_efficiency": case.alone_s / case.seconds if known else np.nan,
-        "predicted_efficiency": case.step.compute_s / expected_s if known else np.nan,
+        "predicted_efficiency": case.alone_expected_s / expected_s if known else np.nan,
     }
 
 
@@ -122,7 +123,7 @@ def _holds(made: ManyGpus, scaled: pd.Series) -> pd.Series:
 
 def later() -> pd.DataFrame:
     """Rows that no fit has seen, as what ptsim ships predicts them."""
-    table = many_table("training_many_later")
+    table = many_table("training_unseen")
     found = pd.DataFrame([_line("later", case.source, case, load_scaling()) for case in cases(table=table)])
     inside = _holds(load_intervals().many_gpus, _scaled(found))
     return found.assign(model=table.model, precision=table.precision, inside=inside)
@@ -176,11 +177,15 @@ def young() -> pd.DataFrame:
 
 
 def _as_users_see(row: pd.Series, version: str | None) -> tuple[float, bool]:
-    """ln(measured / predicted) of a row, and whether its interval holds it, as `ptsim.predict` gives them."""
+    """ln(measured / predicted) of a row, and whether its interval holds it, as `ptsim.predict` gives them.
+
+    What was measured is taken to be longer by the update where its program did not update in every step.
+    """
     setting, many = setting_of(row), row.num_gpus > 1
+    network, device = networks()[network_name(row)], load_device(row.device)
     predicted = predict(
-        networks()[network_name(row)],
-        gpu=load_device(row.device),
+        network,
+        gpu=device,
         cluster=cluster_of(row) if many else None,
         gpus=int(row.num_gpus) if many else None,
         batch=setting.batch,
@@ -189,7 +194,9 @@ def _as_users_see(row: pd.Series, version: str | None) -> tuple[float, bool]:
         optimizer=setting.optimizer,
         torch_version=version,
     )
-    seconds = row.num_gpus * row.batch / row.images_per_s
+    step = datasheet_step(network, device, setting)
+    updated = step.compute_s / mean_step(step, steps_per_update(row, row.num_gpus)).compute_s
+    seconds = updated * row.num_gpus * row.batch / row.images_per_s
     return float(np.log(seconds / predicted.step_seconds)), predicted.low <= seconds <= predicted.high
 
 

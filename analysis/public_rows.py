@@ -31,7 +31,7 @@ from ptsim.costs.kernels import (
     network_kernels,
     product_kernels,
 )
-from ptsim.costs.software import Update, is_young, update_of, zeroing_of
+from ptsim.costs.software import Update, again_of, is_young, update_of, zeroing_of
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Layer, LayerKind, Network, Precision
 from ptsim.setting import StepSetting, TorchVersion
@@ -93,7 +93,7 @@ def training_table() -> pd.DataFrame:
 
 
 def many_table(name: str = "training_many") -> pd.DataFrame:
-    """The published rows of many GPUs: those of the fit, or "training_many_later", which no fit has seen."""
+    """The published rows of many GPUs: those of the fit, or "training_unseen", which no fit has seen."""
     return pd.read_csv(PUBLIC / f"{name}.csv")
 
 
@@ -156,6 +156,24 @@ def setting_of(row: pd.Series) -> StepSetting:
     )
 
 
+def steps_per_update(row: pd.Series, num_gpus: int) -> int:
+    """How many steps of a row's program on so many GPUs make one update.
+
+    `optimizer_batch` says how many images an update is to be of; what is short of a step's own images is every step.
+    """
+    images = row.get("optimizer_batch", np.nan)
+    return 1 if pd.isna(images) else max(1, int(images / (num_gpus * row.batch)))
+
+
+def _mean_update(row: pd.Series, network: Network, setting: StepSetting) -> Update:
+    """What gradients and parameters cost a step of a row of one GPU besides forward and backward, in the mean."""
+    if not row.with_optimizer:
+        return zeroing_of(network, setting)
+    steps = steps_per_update(row, 1)
+    both = zip(update_of(network, setting), again_of(network, setting), strict=True)
+    return Update(*((update + (steps - 1) * again) / steps for update, again in both))
+
+
 def network_name(row: pd.Series) -> str:
     """The key of a row's network in networks.json.gz."""
     library = "pycls" if row.source == PYCLS and row.model.startswith("efficientnet") else "torchvision"
@@ -181,7 +199,7 @@ def cases_of(table: pd.DataFrame) -> list[Case]:
             Case(
                 kernels=kernels,
                 chip=chip_of(device, precision),
-                update=update_of(network, setting) if row.with_optimizer else zeroing_of(network, setting),
+                update=_mean_update(row, network, setting),
                 num_zeroed=len(network.gradients) if zeroed else 0,
                 extra_s=4 * images / PAGEABLE_BYTES_PER_S if row.host_copy else 0.0,
                 seconds=row.batch / row.images_per_s,

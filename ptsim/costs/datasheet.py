@@ -21,10 +21,10 @@ import numpy.typing as npt
 
 from ptsim.costs.kernels import Floats, Kernels, Pass, Work, network_kernels
 from ptsim.costs.shipped import shipped
-from ptsim.costs.software import is_young, may_be_young, update_of, zeroing_of
+from ptsim.costs.software import again_of, is_young, may_be_young, update_of, zeroing_of
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
-from ptsim.costs.traffic import again_bytes, cast_bytes
+from ptsim.costs.traffic import cast_bytes
 from ptsim.criteria import step_penalty
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import GENERATIONS, Device
@@ -46,6 +46,8 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         input_gradient, weight_gradient, strided: rate of these passes relative to the forward pass.
         product_bandwidth, stream_bandwidth, norm_bandwidth, layout_bandwidth: share of the memory bandwidth that
             products, element-wise kernels, normalisations and layout conversions reach.
+        elements_per_clock: elements that one SM reads and writes per clock, at most, in kernels that stream, normalise
+            or convert layouts: a thread has a fixed number of them in flight (Little's law), however few their bytes.
         norm_block: SMs' shares of the bandwidth that one block of a BatchNorm draws: with few blocks SMs idle.
         pascal_bandwidth: bandwidth that the Pascal memory controllers deliver relative to their successors' share; the
             Volta white paper says 1.5 × in all for V100 over P100, whose stated bandwidths differ 1.23 ×: 0.82.
@@ -77,6 +79,7 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     stream_bandwidth: float
     norm_bandwidth: float
     layout_bandwidth: float
+    elements_per_clock: float
     norm_block: float
     pascal_bandwidth: float
     depthwise_bandwidth: float
@@ -260,10 +263,18 @@ def kernel_seconds(kernels: Kernels, chip: Chip, efficiency: Efficiency) -> Floa
     e = efficiency
     resident = np.minimum(1.0, chip.l2_bytes / np.maximum(kernels.footprint_bytes, 1.0))
     controller = 1 + (e.pascal_bandwidth - 1) * np.asarray(chip.pascal)
-    bandwidth = chip.bandwidth_bytes_per_s * controller * (1 + (e.cache - 1) * resident)
+    nearer = 1 + (e.cache - 1) * resident
+    bandwidth = chip.bandwidth_bytes_per_s * controller * nearer
     share = np.array([e.product_bandwidth, e.depthwise_bandwidth, e.norm_bandwidth, e.stream_bandwidth])
     reading = np.minimum(1.0, e.norm_block * kernels.blocks / chip.num_sms)  # share of the SMs
     memory = kernels.moved_bytes / (share[kernels.work] * reading * bandwidth)
+    in_flight = (
+        e.elements_per_clock * kernels.element_bytes * chip.num_sms * _clock_hz(chip, e) * nearer
+    )  # bytes a second
+    streams = (kernels.work == Work.STREAM) | (kernels.work == Work.NORM)
+    streaming = _overlapped(memory, kernels.moved_bytes / (reading * in_flight), e)
+    memory = np.where(streams, streaming, memory)
+    layout = _overlapped(kernels.layout_bytes / (e.layout_bandwidth * bandwidth), kernels.layout_bytes / in_flight, e)
     compute = np.zeros_like(memory)
     is_product, is_depthwise = kernels.work == Work.PRODUCT, kernels.work == Work.DEPTHWISE
     product = _product_seconds(kernels, chip, e)
@@ -280,16 +291,26 @@ def kernel_seconds(kernels: Kernels, chip: Chip, efficiency: Efficiency) -> Floa
     pixels = np.where(kernels.step == Pass.WEIGHT_GRADIENT, kernels.k, kernels.m * kernels.n) * kernels.groups
     taps = 2 * (macs + e.depthwise_base * pixels) / (e.depthwise_rate * per_tap * chip.issue_flops_per_s)
     compute[is_depthwise] = taps[is_depthwise]
-    largest = np.maximum(np.maximum(compute, memory), 1e-12)
-    both = largest * ((compute / largest) ** e.overlap + (memory / largest) ** e.overlap) ** (1 / e.overlap)
-    total: Floats = both + kernels.layout_bytes / (e.layout_bandwidth * bandwidth)
+    total: Floats = _overlapped(compute, memory, e) + layout
     total = total + e.launch_s * kernels.launches + (e.product_s - e.launch_s) * is_product
     return total
 
 
+def _overlapped(one: Floats, other: Floats, e: Efficiency) -> Floats:
+    """Seconds of two things that happen at once."""
+    longer = np.maximum(np.maximum(one, other), 1e-12)
+    both: Floats = longer * ((one / longer) ** e.overlap + (other / longer) ** e.overlap) ** (1 / e.overlap)
+    return both
+
+
+def _clock_hz(chip: Chip, e: Efficiency) -> Floats | float:
+    """What the SMs clock at where power does not limit them."""
+    return chip.clock_hz * (1 + (e.boost - 1) * np.asarray(chip.boosts))
+
+
 def _product_seconds(kernels: Kernels, chip: Chip, e: Efficiency) -> Floats:
     """The multiplying part of the products: the best tile's whole waves of blocks."""
-    clock = chip.clock_hz * np.asarray(chip.power_ratio) ** e.throttle * (1 + (e.boost - 1) * np.asarray(chip.boosts))
+    clock = _clock_hz(chip, e) * np.asarray(chip.power_ratio) ** e.throttle
     rate = chip.peak_flops_per_s / (chip.num_sms * chip.clock_hz)  # FLOP per SM and clock
     tensor = np.asarray(chip.tensor) > 0
     lanes = e.simt * (1 + (e.wide - 1) * np.asarray(chip.wide))
@@ -484,7 +505,7 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
         tier=Tier.DATASHEET,
         whole_s=(cast_bytes(network, setting) / streaming + zeroing.seconds(streaming, fit.efficiency.launch_s))
         * young,
-        again_s=again_bytes(network, setting) / streaming * young,
+        again_s=again_of(network, setting).seconds(streaming, fit.efficiency.launch_s) * young,
         older=older,
     )
 

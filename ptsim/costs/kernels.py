@@ -42,6 +42,7 @@ Floats = npt.NDArray[np.float64]
 LOADED_HALVES = 8  # channels that half-precision tensor-core kernels load at once: 16 bytes
 BATCH_NORM_FORWARD, BATCH_NORM_BACKWARD = 3, 5  # accesses per element
 _NORM_FORWARD, _NORM_BACKWARD = 2, 4
+_CONVERTED_BYTES = 3  # of an element between half precision and fp32, in the mean
 
 
 class Work(IntEnum):
@@ -166,7 +167,7 @@ def network_kernels(network: Network, setting: StepSetting, *, tensor_cores: boo
         extra = gradients.get(layer.name, 1) - 1
         if extra > 0 and _learns(layer) and not joins_gradients(layer):  # gradients of the branches are added up
             size = float(layer.output_elements * images * width)
-            rows.append(_stream(index, Pass.INPUT_GRADIENT, 3 * extra * size, 3 * size, launches=extra))
+            rows.append(_stream(index, Pass.INPUT_GRADIENT, 3 * extra * size, 3 * size, width, extra))
     return Kernels.of(rows)
 
 
@@ -247,14 +248,14 @@ def convolution_kernels(
             footprint_bytes=x + y + w,
         )
     if layer.bias:  # added by a kernel of its own
-        yield _stream(index, Pass.FORWARD, 2 * y, y)
-    yield from _bias_gradient(index, layer, y)
+        yield _stream(index, Pass.FORWARD, 2 * y, y, element)
+    yield from _bias_gradient(index, layer, y, element)
 
 
-def _bias_gradient(index: int, layer: Layer, size: float) -> Iterator[Kernel]:
+def _bias_gradient(index: int, layer: Layer, size: float, element: int) -> Iterator[Kernel]:
     """The sum over the output's gradient of `size` bytes, where there is a bias that learns."""
     if layer.bias and layer.weight_needs_gradient:
-        yield _stream(index, Pass.WEIGHT_GRADIENT, size, size)
+        yield _stream(index, Pass.WEIGHT_GRADIENT, size, size, element)
 
 
 def _implicit_products(layer: Layer, batch: int) -> dict[Pass, tuple[float, float, float]]:
@@ -339,9 +340,9 @@ def _conversions(
         converted = sum(bytes_ != wanted for bytes_ in given) / len(given) * sum(sizes)
     if converted:
         size = 6.0 * converted  # read in one width, written in the other
-        yield _stream(index, Pass.FORWARD, size, size)
+        yield _stream(index, Pass.FORWARD, size, size, _CONVERTED_BYTES)
         if layer.input_needs_gradient:
-            yield _stream(index, Pass.INPUT_GRADIENT, size, size)
+            yield _stream(index, Pass.INPUT_GRADIENT, size, size, _CONVERTED_BYTES)
 
 
 def layer_kernels(
@@ -393,7 +394,7 @@ def _kernels_of(
     planar: bool,
 ) -> Iterator[Kernel]:
     if layer.view:
-        yield from _backward(index, gradient_of_view(layer, batch, width), layer.output_elements * batch * width)
+        yield from _backward(index, gradient_of_view(layer, batch, width), layer.output_elements * batch * width, width)
         return
     x = float(sum(layer.input_sizes(batch)) * given)
     y = float(layer.output_elements * batch * width)
@@ -405,7 +406,7 @@ def _kernels_of(
             )
         case LayerKind.LINEAR if layer.in_channels and layer.out_channels:
             yield from _linear_kernels(layer, batch * layer.output_elements / layer.out_channels, element, index)
-            yield from _bias_gradient(index, layer, y)
+            yield from _bias_gradient(index, layer, y, width)
         case LayerKind.LINEAR | LayerKind.MATMUL:
             # Only the count is known: taken as one square-ish product per image over the output's last axis.
             n = float(layer.output_shape[-1]) if layer.output_shape else 1.0
@@ -419,45 +420,46 @@ def _kernels_of(
             axes = len(layer.output_shape)  # channels_last lays out images of two and three axes only
             in_planes = axes == 2 or (planar and axes > 2)
             blocks = float(layer.in_channels) if in_planes and layer.in_channels else math.inf
-            yield _norm(index, forward, BATCH_NORM_FORWARD * x, x, blocks)
-            yield _norm(index, backward, BATCH_NORM_BACKWARD * x, 2 * x, blocks)
+            yield _norm(index, forward, BATCH_NORM_FORWARD * x, x, given, blocks)
+            yield _norm(index, backward, BATCH_NORM_BACKWARD * x, 2 * x, given, blocks)
         case LayerKind.NORM:  # autocast normalises layers and groups in fp32: the output's width
             batch_norm = layer.op == "instance_norm"  # is one, of images laid side by side
             there, back = (BATCH_NORM_FORWARD, BATCH_NORM_BACKWARD) if batch_norm else (_NORM_FORWARD, _NORM_BACKWARD)
-            yield _norm(index, forward, there * y, y)
-            yield _norm(index, backward, back * y, 2 * y)
+            yield _norm(index, forward, there * y, y, width)
+            yield _norm(index, backward, back * y, 2 * y, width)
         case LayerKind.ACTIVATION:
             first, second = passes_of_activation(layer, batch, given, width)
             before = made_first(layer, batch, given, width)
-            yield _stream(index, forward, first.num_bytes + before.num_bytes, x, first.kernels + before.kernels)
-            yield from _backward(index, second, 2 * x)
+            moved, count = first.num_bytes + before.num_bytes, first.kernels + before.kernels
+            yield _stream(index, forward, moved, x, width, count)
+            yield from _backward(index, second, 2 * x, width)
         case LayerKind.ELEMENTWISE:
             before = made_first(layer, batch, given, width)
             moved = x + y + layer.num_parameters * given + before.num_bytes
-            yield _stream(index, forward, moved, x + y, 1 + before.kernels)
-            yield from _backward(index, gradient_of_elementwise(layer, batch, given, width), x + y)
+            yield _stream(index, forward, moved, x + y, width, 1 + before.kernels)
+            yield from _backward(index, gradient_of_elementwise(layer, batch, given, width), x + y, width)
         case LayerKind.POOL:
-            yield _stream(index, forward, x + y + positions_bytes(layer, batch), x + y)
-            yield from _backward(index, gradient_of_pool(layer, batch, given, width), x + y)
+            yield _stream(index, forward, x + y + positions_bytes(layer, batch), x + y, width)
+            yield from _backward(index, gradient_of_pool(layer, batch, given, width), x + y, width)
         case LayerKind.CONCAT:  # backward hands out slices, which are views
-            yield _stream(index, forward, 2 * y, 2 * y)
+            yield _stream(index, forward, 2 * y, 2 * y, width)
         case LayerKind.DROPOUT:
             mask = float(layer.output_elements * batch)
-            yield _stream(index, forward, x + y + mask, x + y)
-            yield _stream(index, backward, x + y + mask, x + y)
+            yield _stream(index, forward, x + y + mask, x + y, width)
+            yield _stream(index, backward, x + y + mask, x + y, width)
         case LayerKind.RESHAPE:
-            yield _stream(index, forward, 2 * y, 2 * y)
-            yield _stream(index, backward, 2 * y, 2 * y)
+            yield _stream(index, forward, 2 * y, 2 * y, width)
+            yield _stream(index, backward, 2 * y, 2 * y, width)
         case _:
             before = made_first(layer, batch, given, width)
-            yield _stream(index, forward, x + y + before.num_bytes, x + y, 1 + before.kernels)
-            yield _stream(index, backward, x + y, x + y)
+            yield _stream(index, forward, x + y + before.num_bytes, x + y, width, 1 + before.kernels)
+            yield _stream(index, backward, x + y, x + y, width)
 
 
-def _backward(index: int, moved: Moved | None, footprint: float) -> Iterator[Kernel]:
+def _backward(index: int, moved: Moved | None, footprint: float, width: int) -> Iterator[Kernel]:
     """What the gradients read and write; nothing where they are handed on as they are."""
     if moved is not None and moved.kernels:
-        yield _stream(index, Pass.INPUT_GRADIENT, moved.num_bytes, footprint, launches=moved.kernels)
+        yield _stream(index, Pass.INPUT_GRADIENT, moved.num_bytes, footprint, width, moved.kernels)
 
 
 def _linear_kernels(layer: Layer, rows: float, element: int, index: int) -> Iterator[Kernel]:
@@ -473,11 +475,25 @@ def _linear_kernels(layer: Layer, rows: float, element: int, index: int) -> Iter
         yield from (kernel for kernel in products if kernel.step is Pass.INPUT_GRADIENT)
 
 
-def _stream(index: int, step: Pass, moved: float, footprint: float, launches: float = 1.0) -> Kernel:
+def _stream(index: int, step: Pass, moved: float, footprint: float, element: float, launches: float = 1.0) -> Kernel:
     return Kernel(
-        layer=index, work=Work.STREAM, step=step, moved_bytes=moved, footprint_bytes=footprint, launches=launches
+        layer=index,
+        work=Work.STREAM,
+        step=step,
+        element_bytes=element,
+        moved_bytes=moved,
+        footprint_bytes=footprint,
+        launches=launches,
     )
 
 
-def _norm(index: int, step: Pass, moved: float, footprint: float, blocks: float = math.inf) -> Kernel:
-    return Kernel(layer=index, work=Work.NORM, step=step, moved_bytes=moved, footprint_bytes=footprint, blocks=blocks)
+def _norm(index: int, step: Pass, moved: float, footprint: float, element: float, blocks: float = math.inf) -> Kernel:
+    return Kernel(
+        layer=index,
+        work=Work.NORM,
+        step=step,
+        element_bytes=element,
+        moved_bytes=moved,
+        footprint_bytes=footprint,
+        blocks=blocks,
+    )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from ptsim.costs.traffic import cast_bytes, update_traffic
+from ptsim.costs.traffic import cast_bytes, sum_bytes, update_traffic
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import Device
 from ptsim.network import Network
@@ -22,7 +22,6 @@ from ptsim.optimizers import kind_of
 from ptsim.setting import StepSetting, TorchVersion
 
 GROWN = {"ampere": TorchVersion(1, 10)}  # since when a generation's kernels are grown up
-_ZEROED_BYTES = 4 + 12  # of every parameter: its gradient written, read twice and written once
 # Values that an arithmetic step of an update reads and writes, two or three: SGD's 11 are 4 steps.
 _STEP_ACCESSES = 2.75
 
@@ -84,7 +83,19 @@ def zeroing_of(network: Network, setting: StepSetting) -> Update:
     """What older versions do to gradients: a kernel writes zeros, another adds to them; backward launches neither."""
     if setting.groups_updates:
         return Update()
-    return Update(_ZEROED_BYTES * network.num_learnt, num_kernels=2 * len(network.gradients))
+    summed = _summing_of(network)
+    return Update(network.gradient_bytes + summed.num_bytes, num_kernels=len(network.gradients) + summed.num_kernels)
+
+
+def again_of(network: Network, setting: StepSetting) -> Update:
+    """What every pass but the first costs besides: a kernel adds each gradient to its sum; weights are cast again."""
+    summed = _summing_of(network)
+    return Update(summed.num_bytes + cast_bytes(network, setting), num_kernels=summed.num_kernels)
+
+
+def _summing_of(network: Network) -> Update:
+    """The sum of a pass's gradients and those that are there; backward launches it."""
+    return Update(sum_bytes(network), num_kernels=len(network.gradients))
 
 
 def update_bytes(network: Network, setting: StepSetting) -> float:

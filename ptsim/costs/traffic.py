@@ -82,8 +82,3 @@ def sum_bytes(network: Network) -> int:
     Source: torch/csrc/autograd/functions/accumulate_grad.h.
     """
     return SUM_ACCESSES * network.gradient_bytes
-
-
-def again_bytes(network: Network, setting: StepSetting) -> int:
-    """What every further pass of a step moves: its casts, which autocast forgets at the end of a pass, and its sum."""
-    return sum_bytes(network) + cast_bytes(network, setting)

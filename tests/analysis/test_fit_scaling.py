@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import msgspec
+import pandas as pd
 import pytest
 
 from ptsim.costs.collectives import all_reduce, nodes_for
 from ptsim.costs.scaling import Scaling
+from ptsim.costs.times import StepTime
 from ptsim.hardware.spec import LinkKind
 
 ANALYSIS = Path(__file__).parents[2] / "analysis"
@@ -45,7 +48,40 @@ def test_the_fit_finds_the_constants_that_made_the_times(fit_scaling: ModuleType
     assert found.contention == pytest.approx(links, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["training_many", "training_many_later"])
+@pytest.mark.parametrize(
+    ("images", "num_gpus", "steps"),
+    [(math.nan, 8, 1), (4096, 1, 32), (4096, 8, 4), (4096, 64, 1), (2048, 3, 5)],
+)
+def test_a_program_may_update_after_several_steps(
+    fit_scaling: ModuleType, images: float, num_gpus: int, steps: int
+) -> None:
+    """Of 128 images a GPU; fractions are cut off, and what is short of one step is every step."""
+    row = pd.Series({"optimizer_batch": images, "batch": 128})
+    assert fit_scaling.steps_per_update(row, num_gpus) == steps
+
+
+def test_a_mean_step_has_its_share_of_an_update_and_of_the_sums_before_it(fit_scaling: ModuleType) -> None:
+    step = StepTime(
+        layers=(), optimizer_s=5.0, regularizer_s=0.0, overhead_s=3.0, low_s=4.0, high_s=16.0, tier="", again_s=1.0
+    )
+    mean = fit_scaling.mean_step(step, 4)
+    assert (mean.overhead_s, mean.optimizer_s, mean.passes) == (3, (5 + 3 * 1) / 4, 1)
+    assert (mean.low_s / mean.compute_s, mean.high_s / mean.compute_s) == (0.5, 2)
+    assert fit_scaling.mean_step(step, 1) == step
+
+
+def test_one_gpu_updates_less_often_than_eight_in_the_same_test(fit_scaling: ModuleType) -> None:
+    """NVIDIA's program accumulates gradients up to as many images, however many GPUs there are."""
+    table = fit_scaling.many_table()
+    table = table[table.optimizer_batch.notna() & (table.num_gpus == 8)].head(3)
+    for case in fit_scaling.cases(table=table):
+        assert case.alone_expected_s < case.step.compute_s
+        own = msgspec.structs.replace(case, alone_s=case.alone_expected_s)
+        nothing = Scaling(tensor_s=0.0, slowdown=0.0, straggle=0.0, contention={"other": 0.0}, low=0.0, high=0.0)
+        assert own.predict(nothing, as_alone=True) == pytest.approx(own.predict(nothing, as_alone=False))
+
+
+@pytest.mark.parametrize("name", ["training_many", "training_unseen"])
 def test_rows_name_their_source_and_a_machine(fit_scaling: ModuleType, name: str) -> None:
     table = fit_scaling.many_table(name)
     assert table[["source", "source_path", "source_rev"]].notna().all(axis=None)
@@ -103,7 +139,7 @@ def test_a_row_without_one_gpu_is_deduced_by_what_the_others_add(fit_scaling: Mo
 
 
 def test_a_row_may_say_how_many_gpus_its_nodes_have(fit_scaling: ModuleType) -> None:
-    table = fit_scaling.many_table("training_many_later")
+    table = fit_scaling.many_table("training_unseen")
     csc = table[table.gpus_per_node.notna()]
     assert {fit_scaling.cluster_of(row).gpus_per_node for _, row in csc.iterrows()} == {4}
     assert {fit_scaling.cluster_of(row).inter.bandwidth_bytes_per_s for _, row in csc.iterrows()} == {25e9}

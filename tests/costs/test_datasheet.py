@@ -343,9 +343,9 @@ def test_a_parameter_that_gets_no_gradient_takes_no_time_in_the_update():
 PLAIN = Efficiency(
     simt=0.5, tensor=0.8, wide=0.5, feed_bytes_per_clock=1e30, ramp=0.0, latency=0.0, winograd=3.0, input_gradient=0.5,
     weight_gradient=0.25, strided=0.2, product_bandwidth=0.5, stream_bandwidth=0.8, norm_bandwidth=0.4,
-    layout_bandwidth=0.25, norm_block=1.5, pascal_bandwidth=0.5, depthwise_bandwidth=0.2, depthwise_rate=0.1,
-    depthwise_base=6.0, depthwise_halves=2.0, odd_groups=0.25, hiding=1.0, overlap=1.0, launch_s=0.0, product_s=0.0,
-    cache=3.0, throttle=0.5, boost=1.25,
+    layout_bandwidth=0.25, elements_per_clock=1e30, norm_block=1.5, pascal_bandwidth=0.5, depthwise_bandwidth=0.2,
+    depthwise_rate=0.1, depthwise_base=6.0, depthwise_halves=2.0, odd_groups=0.25, hiding=1.0, overlap=1.0,
+    launch_s=0.0, product_s=0.0, cache=3.0, throttle=0.5, boost=1.25,
 )  # fmt: skip
 CHIP = Chip(
     peak_flops_per_s=400e9, simt_flops_per_s=800e9, issue_flops_per_s=1e9, tensor=0.0, num_sms=4.0, clock_hz=1e9,
@@ -424,6 +424,9 @@ def test_the_multiplying_part_of_a_product_by_hand(changes, tiles):
     assert of_one_kernel(**changes) == pytest.approx(tiles * TILE_S)
 
 
+SLOW = {"efficiency": {"elements_per_clock": 1e-2}}
+
+
 @pytest.mark.parametrize(
     ("changes", "milliseconds"),
     [
@@ -438,6 +441,17 @@ def test_the_multiplying_part_of_a_product_by_hand(changes, tiles):
         ({"work": Work.STREAM, "footprint_bytes": 1e5}, 1 / 0.8 / 3),
         ({"work": Work.STREAM, "chip": {"pascal": 1.0}}, 1 / 0.8 / 1.5 / 0.5),
         ({"work": Work.STREAM, "layout_bytes": 2e6}, 1 / 0.8 / 1.5 + 2 / 0.25 / 1.5),
+        # At most 40 million elements a second through 4 SMs at 1 GHz, however many bytes they have; from the cache 1.5
+        # times as many. With an exponent of 1 that time adds to the memory's.
+        ({"work": Work.STREAM, **SLOW}, 1 / 0.8 / 1.5 + 0.25 / 0.04 / 1.5),
+        ({"work": Work.STREAM, **SLOW, "element_bytes": 2.0}, 1 / 0.8 / 1.5 + 0.5 / 0.04 / 1.5),
+        ({"work": Work.STREAM, **SLOW, "chip": {"num_sms": 8.0}}, 1 / 0.8 / 1.5 + 0.25 / 0.08 / 1.5),
+        ({"work": Work.STREAM, **SLOW, "chip": {"boosts": 1.0}}, 1 / 0.8 / 1.5 + 0.25 / 0.05 / 1.5),
+        ({"work": Work.STREAM, **SLOW, "chip": {"pascal": 1.0}}, 1 / 0.8 / 1.5 / 0.5 + 0.25 / 0.04 / 1.5),
+        ({"work": Work.NORM, **SLOW, "blocks": 2.0}, (1 / 0.4 + 0.25 / 0.04) / 1.5 * 4 / 3),
+        ({"work": Work.DEPTHWISE, "m": 0, **SLOW}, 1 / 0.2 / 1.5),
+        (SLOW, 1 / 0.5 / 1.5 + 1e3 * TILE_S),  # products keep their operands
+        ({**SLOW, "layout_bytes": 2e6, "element_bytes": 2.0}, (1 / 0.5 + 2 / 0.25 + 1 / 0.04) / 1.5 + 1e3 * TILE_S),
         ({"work": Work.STREAM, "launches": 3.0, "efficiency": {"launch_s": 1e-3, "product_s": 5e-3}}, 1 / 1.2 + 3),
         # A product multiplies, too, and of its launches one takes 5 ms.
         ({"k": 64 * 256}, 1 / 0.5 / 1.5 + 1e3 * 256 * TILE_S / 4),

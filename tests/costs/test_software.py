@@ -6,7 +6,7 @@ import pytest
 
 from ptsim.costs.datasheet import datasheet_step, load_fit
 from ptsim.costs.scaling import among
-from ptsim.costs.software import Update, is_young, may_be_young, parse_torch_version, update_of
+from ptsim.costs.software import Update, again_of, is_young, may_be_young, parse_torch_version, update_of
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster, load_device
 from ptsim.network import Precision
@@ -62,6 +62,14 @@ def test_before_2_0_gradients_are_zeroed_and_tensors_updated_one_by_one(optimize
     assert update_of(NETWORK, told(2, 0)) == now
     before = update_of(NETWORK, told(1, 13))
     assert before == (now.num_bytes + 16 * PARAMETERS, (kernels + 2) * TENSORS, kernels * TENSORS)
+
+
+@pytest.mark.parametrize("version", [None, TorchVersion(1, 13)])
+@pytest.mark.parametrize(("precision", "casts"), [(Precision.FP32, 0), (Precision.FP16, 12)])
+def test_a_further_pass_adds_every_gradient_with_a_kernel_of_its_own(version, precision, casts):
+    """Two values are read and one is written; backward launches it. Autocast casts the weights again."""
+    setting = StepSetting(batch=8, precision=precision, torch_version=version)
+    assert again_of(NETWORK, setting) == ((12 + casts) * PARAMETERS, TENSORS, 0)
 
 
 def test_a_step_of_unknown_software_on_ampere_may_take_as_long_as_with_young_software():
