@@ -7,7 +7,11 @@ for the cluster's GPU, with recorded ones, with its own roofline of that GPU, an
 are of the same operators and collectives in ptsim's simulator over the same links: rings inside the nodes and rings of
 their shards between them, on links as ptsim sees them for large messages. Column `simulate` is of `ptsim simulate`
 (`ptsim allreduce` in the first table), with all that ASTRA-sim is not told: what a collective takes to start, NCCL's
-choice of algorithm and protocol, the hooks of gradients, and that computation and communication hold each other up.
+choice of algorithm and protocol, the hooks of gradients, that a GPU among others computes more slowly, and that
+computation and communication hold each other up.
+
+docs/export.md says which revision of ASTRA-sim was run, and on which trace. The script writes all of its files, in a
+temporary folder, and needs only its binary.
 """
 
 from __future__ import annotations
