@@ -217,7 +217,7 @@ def _data_parallel(
         contention=contention_of(cluster, setting.num_gpus),
         tensor_s=hook_seconds(cluster, setting.num_gpus),
         shards=shards,
-        buffers=subject.ddp_defaults,
+        buffers=subject.broadcasts_buffers,
         overlap=subject.trace is None or not subject.trace.compiled,  # all gradients of a compiled step come at its end
     )
     sizes = [bucket.num_bytes for bucket in ddp_buckets(network)]

@@ -272,8 +272,8 @@ class _Parallel(msgspec.Struct, frozen=True, kw_only=True):
 class _Communication:
     """The steps of one data-parallel run, simulated on its cluster."""
 
-    def __init__(self, cluster: Cluster, num_gpus: int, *, overlap: bool) -> None:
-        self._cluster, self._num_gpus, self._overlap = cluster, num_gpus, overlap
+    def __init__(self, cluster: Cluster, num_gpus: int, *, overlap: bool, buffers: bool) -> None:
+        self._cluster, self._num_gpus, self._overlap, self._buffers = cluster, num_gpus, overlap, buffers
         self._contention, self._tensor_s = contention_of(cluster, num_gpus), hook_seconds(cluster, num_gpus)
         self._all_reduce = functools.cache(lambda num_bytes: all_reduce(num_bytes, cluster, num_gpus))
         self._known: dict[tuple[str, int, int, bool], _Parallel] = {}
@@ -292,7 +292,7 @@ class _Communication:
             self._all_reduce,
             contention=self._contention,
             tensor_s=self._tensor_s,
-            buffers=False,  # as `ptsim train` has it
+            buffers=self._buffers,
             overlap=self._overlap,
         )
         exposed_s = parallel.expected.exposed_communication_s
@@ -316,7 +316,8 @@ def check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | No
     communication: dict[int, _Communication] = {}
     if cluster is not None:
         overlap = not trace.compiled  # a compiled step's gradients become ready together, at its end
-        communication = {size: _Communication(cluster, size, overlap=overlap) for size in parallel_sizes}
+        how = {"overlap": overlap, "buffers": trace.broadcasts_buffers}
+        communication = {size: _Communication(cluster, size, **how) for size in parallel_sizes}
     device = match_device(run.device.name)
     energy = _Energy(trace, device, cluster)
     wrapped = {trace.epochs[0].epoch, *(event.epoch + 1 for event in changes(trace))}  # in front of these epochs

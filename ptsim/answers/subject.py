@@ -50,12 +50,9 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     trace: Trace | None = None
 
     @property
-    def ddp_defaults(self) -> bool:
-        """Whether DistributedDataParallel is taken to have its own defaults; a run is as `ptsim train` has it.
-
-        By default it broadcasts BatchNorm's statistics before every forward pass, and its buckets are beside gradients.
-        """
-        return self.trace is None
+    def broadcasts_buffers(self) -> bool:
+        """Whether BatchNorm's statistics are broadcast before every forward pass, as by DDP's default or in the run."""
+        return self.trace is None or self.trace.broadcasts_buffers
 
     def setting(
         self,
@@ -78,7 +75,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
         """
         trace = self.trace
         if trace is None:
-            recorded = StepSetting(batch=0, bucket_views=not self.ddp_defaults)
+            recorded = StepSetting(batch=0, bucket_views=False)  # DDP's default
         else:
             recorded = trace.setting_of(trace.epochs[-1]) if trace.epochs else trace.usual_setting
         passes = recorded.passes if batch is None else 1

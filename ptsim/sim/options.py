@@ -112,7 +112,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         sharding: "zero1": every GPU keeps and updates its share of the optimizer's state; "zero2": of the gradients
             too.
         broadcast_buffers: DDP's broadcast of BatchNorm statistics before every forward pass (its default; `ptsim train`
-            turns it off and averages them once per epoch).
+            turns it off and averages them once per epoch); None: as in the recorded run.
         overlap: whether all-reduces start during backward; None: as in the recorded run, which a compiled step does
             not let them (its gradients all become ready at its end).
         find_unused_parameters: DDP's option: it never rebuilds its buckets then, and reduces which were used.
@@ -161,7 +161,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     gradient_format: GradientFormat = "fp32"
     compression: float = 1.0
     sharding: Sharding = "none"
-    broadcast_buffers: bool = False
+    broadcast_buffers: bool | None = None
     overlap: bool | None = None
     find_unused_parameters: bool = False
     algorithm: str = AUTO

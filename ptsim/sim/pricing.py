@@ -296,7 +296,7 @@ class Pricer:
             buckets,
             self._reduction(shards),
             wire=self._wire,
-            buffer_bytes=ddp.buffer_bytes(stage.network) if options.broadcast_buffers and together else 0,
+            buffer_bytes=ddp.buffer_bytes(stage.network) if scenario.broadcast_buffers and together else 0,
             used_bytes=4 * len(stage.network.parameters) if options.find_unused_parameters else 0,
             shards=shards,
             bound=bound,

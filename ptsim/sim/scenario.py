@@ -86,6 +86,8 @@ class Scenario:
         self.told_update, self.told_penalties = trace.told_update, trace.told_penalties
         self.measurements = Measurements.of(trace, self.device, device_profile)
         self.overlap = not trace.compiled if options.overlap is None else options.overlap
+        asked = options.broadcast_buffers
+        self.broadcast_buffers = trace.broadcasts_buffers if asked is None else asked
         self.spread = recorded_jitter(trace.epochs)
 
     def num_passes(self, batch: int, epoch: Epoch) -> int:

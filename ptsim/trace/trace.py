@@ -154,6 +154,16 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(profile for profile in self.profiles if profile.device == self.run.device.name)
 
     @property
+    def bucket_views(self) -> bool:
+        """Whether DDP's buckets held the gradients (`gradient_as_bucket_view`); unless it says so, as `ptsim train`."""
+        return self.run.hyperparameters.get("gradient_as_bucket_view") is not False
+
+    @property
+    def broadcasts_buffers(self) -> bool:
+        """Whether DDP broadcast buffers before every forward pass; unless it says so, as `ptsim train`: not."""
+        return self.run.hyperparameters.get("broadcast_buffers") is True
+
+    @property
     def compiled(self) -> bool:
         """The step ran through torch.compile, so that all gradients became ready together at its end."""
         return self.run.hyperparameters.get("compile") is True
@@ -272,6 +282,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
             momentum=self.momentum,
             proximal=self.proximal,
             num_gpus=self.run.world_size,
+            bucket_views=self.bucket_views,
             told_update=self.told_update,
             told_penalties=self.told_penalties,
             torch_version=OF_RUNS,

@@ -88,6 +88,17 @@ def seen_settings(
     return settings | {name: value for name, value in own.items() if isinstance(value, int | float)}
 
 
+def reducer_settings(reducer: nn.Module | None) -> dict[str, bool]:
+    """What costs depend on of the DistributedDataParallel that calls the network, under the names of its arguments."""
+    if not isinstance(reducer, nn.parallel.DistributedDataParallel):
+        return {}
+    sends = getattr(reducer, "forward_sync_buffers", None)  # torch's newer name
+    return {
+        "gradient_as_bucket_view": bool(reducer.gradient_as_bucket_view),
+        "broadcast_buffers": bool(reducer.broadcast_buffers if sends is None else sends),
+    }
+
+
 def widths(network: Network) -> dict[str, int]:
     """Output channels of the convolutions and linear layers, by name."""
     kinds = (LayerKind.CONV, LayerKind.LINEAR)

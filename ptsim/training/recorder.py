@@ -39,6 +39,7 @@ from ptsim.training.facts import (
     note_image_shape,
     num_outputs,
     product_layer,
+    reducer_settings,
     run_record,
     seen_settings,
     shapes_of,
@@ -426,6 +427,7 @@ class Recorder(OnlyOne):
     def _run_record(self) -> Run:
         batch = self.batch_per_gpu * self.team.world_size
         seen = seen_settings(self.optimizer, self.module, batch=batch, rate=self.watch.learning_rate)
+        seen |= reducer_settings(self.watch.data_parallel)
         return run_record(
             msgspec.structs.replace(
                 self.facts,

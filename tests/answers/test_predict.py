@@ -22,6 +22,7 @@ from ptsim.hardware.profile_file import read_device_profile, write_device_profil
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link
 from ptsim.network import Parameter, Precision
 from ptsim.setting import StepSetting
+from ptsim.sim.options import Options
 from ptsim.sim.run import project
 from tests.traces import dense_trace, residual_network, shrinking_trace
 
@@ -356,6 +357,14 @@ def test_a_run_is_predicted_as_it_is_simulated_and_a_model_with_ddps_defaults(tm
     model = ptsim.predict(trace.final_network, cluster=node(1e-3), gpus=4, **setting)
     assert model.exposed_communication_seconds > run.exposed_communication_seconds + 0.5e-3
     assert model.peak_memory_bytes > run.peak_memory_bytes
+    told = {**trace.run.hyperparameters, "gradient_as_bucket_view": False, "broadcast_buffers": True}
+    own_loop = msgspec.structs.replace(trace, run=msgspec.structs.replace(trace.run, hyperparameters=told))
+    defaults = ptsim.predict(own_loop, cluster=node(1e-3), gpus=4)
+    assert defaults.exposed_communication_seconds == pytest.approx(model.exposed_communication_seconds)
+    assert defaults.peak_memory_bytes == model.peak_memory_bytes
+    assert defaults.step_seconds == pytest.approx(project(own_loop, node(1e-3), 4).epochs[-1].step_s, rel=1e-9)
+    without = project(own_loop, node(1e-3), 4, Options(broadcast_buffers=False)).epochs[-1]
+    assert without.step_s == pytest.approx(epoch.step_s, rel=1e-9)
 
 
 def test_a_compiled_run_hides_no_communication_elsewhere_either(tmp_path: Path) -> None:

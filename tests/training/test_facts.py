@@ -26,6 +26,7 @@ from ptsim.training.facts import (
     costed_optimizer,
     note_image_shape,
     num_outputs,
+    reducer_settings,
     seen_settings,
     told_update,
     widths,
@@ -59,6 +60,16 @@ def test_settings_are_those_of_the_group_with_the_most_weights_and_the_first_gro
     assert seen_settings(optimizer, module, batch=32, rate=None)["lr"] == 0.2
     optimizer.param_groups[0]["initial_lr"] = 0.5  # before a schedule's warm-up
     assert seen_settings(optimizer, module, batch=32, rate=0.3)["lr"] == 0.5
+
+
+@pytest.mark.parametrize("views", [False, True])
+@pytest.mark.parametrize("sends", [False, True])
+def test_what_ddp_was_told_is_seen(views: bool, sends: bool) -> None:
+    reducer = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(reducer)
+    reducer.__dict__.update(gradient_as_bucket_view=views, forward_sync_buffers=sends)
+    assert reducer_settings(reducer) == {"gradient_as_bucket_view": views, "broadcast_buffers": sends}
+    assert reducer_settings(nn.Linear(1, 1)) == reducer_settings(None) == {}
 
 
 class Theirs(torch.optim.Optimizer):

@@ -61,6 +61,8 @@ def test_two_ranks_prune_alike_and_as_one_process_with_the_whole_mini_batch(tmp_
     assert sum(event.channels_removed for event in team.reconfigurations) > 0
     assert [event.after for event in team.reconfigurations] == [event.after for event in alone.reconfigurations]
     assert (team.run.world_size, team.run.backend) == (2, "gloo")
+    assert (team.bucket_views, team.broadcasts_buffers) == (False, True)  # DistributedDataParallel's defaults
+    assert "broadcast_buffers" not in alone.run.hyperparameters
     for pair in zip(team.epochs, alone.epochs, strict=True):
         assert pair[0].penalty_coefficient == pytest.approx(pair[1].penalty_coefficient, rel=1e-5)
         assert pair[0].train_loss == pytest.approx(pair[1].train_loss, rel=1e-4)
