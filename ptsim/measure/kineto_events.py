@@ -1,6 +1,7 @@
 """What a file of `torch.profiler` says: its events, which operator runs inside which, and which kernels it launched.
 
-The format is Chrome's trace JSON as PyTorch's Kineto library writes it. Times in the file are microseconds, until 2024
+The format is Chrome's trace JSON as PyTorch's Kineto library writes it; a bare list of the events, as tools that take
+some of them out leave it, names neither device nor ranks. Times in the file are microseconds, until 2024
 those since 1970; here they are seconds since the first event, because a float counts seconds since 1970 in steps of
 0.24 µs. Only complete events ("ph": "X") count; one of a negative duration was cut off by the profiler and takes no
 time. Operators nest by time on their own thread. A kernel belongs to the operator in which its thread called CUDA to
@@ -167,7 +168,7 @@ class _RawFile(msgspec.Struct):
     host_name: str | None = None
 
 
-_DECODER = msgspec.json.Decoder(_RawFile)
+_DECODER: msgspec.json.Decoder[_RawFile | list[_Raw]] = msgspec.json.Decoder(_RawFile | list[_Raw])
 
 
 def read_recording(path: str | Path) -> Recording:
@@ -250,7 +251,8 @@ def outside(spans: Sequence[Span], others: Sequence[Span]) -> float:
 
 def _decode(path: Path) -> _RawFile:
     content = unpacked(path, read_bytes(path, most=_MOST_BYTES), most=_MOST_BYTES)
-    return decode_json(path, content, _DECODER, what="a profile of torch.profiler")
+    found = decode_json(path, content, _DECODER, what="a profile of torch.profiler")
+    return _RawFile(traceEvents=found) if isinstance(found, list) else found
 
 
 def _times_us(path: Path, raw: _Raw) -> tuple[float, float]:
