@@ -41,6 +41,10 @@ _IMAGES = {  # of a benchmark's data set: ImageNet; COCO, before 2.0 and with al
     "maskrcnn": (117_266, 118_287),
     "unet3d": (168,),
 }
+_NO_IMAGES = re.compile(  # what the other benchmarks of MLPerf Training and HPC are called, and later ones of the kind
+    r"bert|gnmt|transformer|translation|rnn|ncf|dlrm|recommendation|minigo|reinforcement|gnn|rgat|oc20|open_?catalyst|"
+    r"open_?fold|stable_diffusion|flux|\w*(?:gpt|llama|deepseek|mixtral|moe|lora|llm)"
+)
 _NEAR = 0.01  # by which a log's number of images may be off, for whole mini-batches
 
 
@@ -102,13 +106,16 @@ def read_mllog(path: str | Path) -> MlperfRun:
 
     Raises:
         FileFormatError: the file cannot be read, holds no such line or a broken one, or lacks the global mini-batch,
-            the number of training samples or a whole epoch, has fewer samples than a mini-batch, or is of several runs
-            with different settings.
+            the number of training samples or a whole epoch, has fewer samples than a mini-batch, is of several runs
+            with different settings, or of a benchmark that trains no CNN on images.
     """
     path = Path(path)
     text = decode_text(unpacked(path, read_bytes(path)))
     lines = _lines(path, text)
     values = _values(path, lines)
+    if _NO_IMAGES.match(benchmark := _text(values.get("submission_benchmark")) or ""):
+        problem = f"is of the benchmark {benchmark}, whose samples are not the images of a CNN"
+        raise FileFormatError(path, f"{problem}; expected one of {', '.join(_IMAGES)}")
     global_batch = _count(path, values, "global_batch_size")
     samples, note = _samples(path, values, global_batch, old=_OLD.search(text) is not None)
     epochs = _epochs(lines, samples)

@@ -88,7 +88,7 @@ def test_another_optimizer_is_noted(tmp_path: Path, network: Network) -> None:
         ({"train_samples": "many"}, FileFormatError, "train_samples"),
         ({"gradient_accumulation_steps": 0}, FileFormatError, "gradient_accumulation_steps is 0"),
         ({"submission_platform": "a machine"}, UsageError, "how many GPUs"),
-        ({"submission_benchmark": "bert"}, UsageError, "bert"),
+        ({"submission_benchmark": "ssd"}, UsageError, "ssd"),
         ({"global_batch_size": 1601}, UsageError, "evenly"),
     ],
 )

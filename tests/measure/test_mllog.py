@@ -159,6 +159,18 @@ def test_lines_of_version_0_6_say_the_same_in_another_form(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    "benchmark",
+    ["bert", "GNMT", "transformer", "rnnt", "dlrm", "dlrm_dcnv2", "minigo", "gpt3", "llama2_70b_lora", "llama31_405b",
+     "gnn", "rgat", "stable_diffusion", "flux1", "deepseekv3_671b", "gpt_oss_20b"],
+)  # fmt: skip
+def test_a_log_of_language_or_ratings_is_no_cnns_whatever_else_it_lacks(tmp_path: Path, benchmark: str) -> None:
+    """Sequences, ratings and games are counted as samples, too."""
+    log = mllog(tmp_path / "log", submission_benchmark=benchmark, global_batch_size=None, train_samples=None)
+    with pytest.raises(FileFormatError, match=f"is of the benchmark {benchmark.lower()}, whose samples are not"):
+        read_mllog(log)
+
+
+@pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({"global_batch_size": 3200}, "global_batch_size is 1600 and 3200"),
