@@ -62,6 +62,7 @@ class Section:
         self.places: dict[int, tuple[str, str, str]] = {}  # host, number and bus of the device, where the log says them
         self.num_gpus: int | None = None  # where the file says it and lists none
         self.num_nodes: int | None = None  # likewise
+        self.columns: list[str] = []  # their names
         self.unit_s = 1e-6
         self.rows: list[Row] = []
         self.header: re.Match[str] | None = None

@@ -88,6 +88,7 @@ class _Reader:
         self.goes_on = False  # the line that launches it, in the next one
         self.forced: dict[str, str] = {}
         self.version: str | None = None
+        self.again: int | None = None  # line of the same names of columns between rows, until the next row
 
     @property
     def current(self) -> Section:
@@ -100,7 +101,7 @@ class _Reader:
         self.current.launched = None if self.launch else before.launched or before
         self.current.version = self.version
         self.current.forced = self.forced if self.launch or self.forced else dict(before.forced)
-        self.name, self.launch, self.version, self.forced = None, "", None, {}
+        self.name, self.launch, self.version, self.forced, self.again = None, "", None, {}, None
 
     def read(self, number: int, line: str) -> None:
         current = self.current
@@ -127,8 +128,13 @@ class _Reader:
             self.current.ranks[int(rank[1])] = (rank[3], rank[6].strip())
             self.current.groups.add(rank[2] or "0")
         elif columns := _COLUMNS.search(line):
+            names = line[columns.start() :].split()
+            if names == current.columns and current.rows and not (current.ended or self.launch or self.name):
+                self.again = number  # of the next page, unless the sizes start again
+                return
             if current.ended or current.rows:
                 self.begin(number)
+            self.current.columns = names
             self.current.unit_s = 1e-3 if columns[1] == "bytes" else 1e-6  # before version 2: milliseconds
             if "cputime" in line:
                 self.refuse(number, "has CPU times, expected the times of the collective")
@@ -137,8 +143,11 @@ class _Reader:
             if "bounds" in line and trailer[1] != "0":
                 self.refuse(number, f"{trailer[1]} results were out of bounds: the run is wrong")
         elif match := _ROW.fullmatch(line):
-            if current.ended and current.rows:
-                self.begin(number)
+            again, self.again = self.again, None
+            if current.rows and (current.ended or (again and int(match[1]) <= current.rows[-1].size)):
+                self.begin(again or number)
+                if again:
+                    self.current.columns, self.current.unit_s = current.columns, current.unit_s
             try:
                 self.current.rows.append(_row(self.path, number, match))
             except FileFormatError as error:
