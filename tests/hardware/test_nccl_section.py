@@ -462,10 +462,86 @@ def test_slow_rows_whose_digits_do_not_tell_leave_the_list_as_it_is(tmp_path: Pa
     assert read_nccl_log(write(tmp_path, ranks + rows["1.88"] + TAIL)).num_gpus == 16
     with pytest.raises(FileFormatError, match="lists 16 of its ranks"):
         read_nccl_log(write(tmp_path, ranks + rows["1.91"] + TAIL))
-    slow = "1048576 262144 float sum -1 1100.0 0.95 0.95 0\n"  # below 1 GB/s nothing tells
-    assert read_nccl_log(write(tmp_path, ranks + slow + TAIL)).num_gpus == 16
+    slow = "1048576 262144 float sum -1 1100.0 0.95 {} 0\n"
+    assert read_nccl_log(write(tmp_path, ranks + slow.format(1.78) + TAIL)).num_gpus == 16  # as of 15 to 18
+    with pytest.raises(FileFormatError, match="lists 16 of its ranks, but its bandwidths are not those of 16 GPUs"):
+        read_nccl_log(write(tmp_path, ranks + slow.format(0.95) + TAIL))
     with pytest.raises(FileFormatError, match="single GPU"):
-        read_nccl_log(write(tmp_path, ranks.splitlines()[0] + "\n" + slow + TAIL))
+        read_nccl_log(write(tmp_path, ranks.splitlines()[0] + "\n" + slow.format("0.00") + TAIL))
+
+
+# Of 16 GPUs on two nodes over a slow link, in two digits as of 15 to 18: what a log says beside the end of its list.
+SLOW_16 = "1048576 262144 float sum -1 1100.0 0.95 1.78 0 1100.0 0.95 1.78 0\n"
+LISTED_16 = listed(*(f"n{i // 8} {i % 8} 0000:{i % 8}b:00" for i in range(16))).splitlines(keepends=True)
+HEADED = "# nThread 1 nGpus {} minBytes 1048576 maxBytes 1048576 step: 2(factor)\n"
+TELLS = {
+    "mpirun -np 16 ./all_reduce_perf -g 1\n": "starts 16 processes",
+    "mpirun -np 2 ./all_reduce_perf -b 8 -g 8\n": "starts 2 processes",
+    "mpirun -N 8 ./all_reduce_perf\n": "starts 8 processes on each node",
+    "srun -n 16 ./all_reduce_perf\n": "starts 16 processes",
+    "srun --mpi=pmix --ntasks=16 ./all_reduce_perf\n": "starts 16 processes",
+    "mpirun -np 2 ./all_reduce_perf\n" + HEADED.format(8): "starts 2 processes",
+    HEADED.format(8): "its processes have 8 GPUs each",
+    HEADED.format(2).replace("nThread 1", "nThread 4"): "its processes have 8 GPUs each",
+    "n1:9:9 [7] NCCL INFO comm 0x5 rank 15 nRanks 16 nNodes 2 localRanks 8 localRank 7 MNNVL 0\n": "NCCL counts 16",
+    "n0:9:9 [0] NCCL INFO comm 0x5 rank 0 nranks 16 cudaDev 0 busId 1b000 - Init COMPLETE\n": "NCCL counts 16",
+    "[1,15]<stderr>:n1: no such device mlx5_1\n": "16 processes wrote into it",
+}
+
+
+@pytest.mark.parametrize("says", TELLS)
+def test_a_list_of_ranks_whose_end_is_missing_is_noticed_where_the_log_tells(tmp_path: Path, says: str) -> None:
+    assert read_nccl_log(write(tmp_path, says + "".join(LISTED_16) + SLOW_16 + TAIL)).num_gpus == 16
+    with pytest.raises(FileFormatError, match=f"lists 15 of its ranks, but .*{TELLS[says]}") as caught:
+        read_nccl_log(write(tmp_path, says + "".join(LISTED_16[:15]) + SLOW_16 + TAIL))
+    assert caught.value.hint == "keep all lines '# Rank …' of the run"
+
+
+def test_nodes_that_the_launcher_names_and_the_list_does_not_are_missing(tmp_path: Path) -> None:
+    """Of 8 or 9 GPUs: 0.50 · 1.75 = 0.875 and 0.50 · 1.778 = 0.889."""
+    row = SLOW_16.replace("1100.0 0.95 1.78", "2097.2 0.50 0.88")
+    ranks = "".join(LISTED_16[:8])
+    assert read_nccl_log(write(tmp_path, "srun -N 1 ./all_reduce_perf\n" + ranks + row + TAIL)).num_nodes == 1
+    with pytest.raises(FileFormatError, match="lists 8 of its ranks, but the line that launched it names 2 nodes"):
+        read_nccl_log(write(tmp_path, "srun -N 2 ./all_reduce_perf\n" + ranks + row + TAIL))
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "mpirun -np 24 ./all_reduce_perf\n",  # whose bus bandwidth would be 1.82
+        "srun -n 24 ./setup.sh\n",
+        "mpirun -np 15 ./all_reduce_perf\nmpirun -np 16 ./all_reduce_perf\n",  # the runs of a script
+        "n0:9:9 [0] NCCL INFO comm 0x5 rank 0 nranks 2 cudaDev 0 busId 1b000 - Init COMPLETE\n",
+    ],
+)
+def test_what_tells_of_other_runs_does_not_count_against_a_list(tmp_path: Path, says: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the last host
+        assert read_nccl_log(write(tmp_path, says + "".join(LISTED_16[:15]) + SLOW_16 + TAIL)).num_gpus == 15
+
+
+def test_a_last_host_with_fewer_ranks_than_another_is_told_where_nothing_else_tells(tmp_path: Path) -> None:
+    ranks = "".join(LISTED_16[:15])
+    with pytest.warns(UserWarning, match="lists 15 ranks, 7 on the last host and 8 on another one"):
+        assert read_nccl_log(write(tmp_path, ranks + SLOW_16 + TAIL)).num_gpus == 15
+    fast = SLOW_16.replace("1100.0 0.95 1.78", f"100.0 10.49 {10.49 * 28 / 15:.2f}")  # of 15 alone
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_nccl_log(write(tmp_path, ranks + fast + TAIL)).num_gpus == 15
+        assert read_nccl_log(write(tmp_path, "mpirun -np 15 ./all_reduce_perf\n" + ranks + SLOW_16 + TAIL))
+
+
+def test_slow_rows_without_a_list_are_of_as_many_gpus_as_the_log_names_once(tmp_path: Path) -> None:
+    launched = "mpirun -np 16 -npernode 8 ./all_reduce_perf\n"
+    (log,) = read_nccl_logs(write(tmp_path, launched + SLOW_16 + TAIL))
+    assert (log.num_gpus, log.num_nodes) == (16, 2)
+    fast = SLOW_16.replace("1100.0 0.95 1.78", "1000.0 1.05 1.97")  # 15 to 18 as well
+    assert read_nccl_log(write(tmp_path, launched + fast + TAIL)).num_gpus == 16
+    with pytest.raises(FileFormatError, match="number of GPUs is unknown"):
+        read_nccl_log(write(tmp_path, launched.replace("16", "8") + SLOW_16 + TAIL))
+    with pytest.raises(FileFormatError, match="number of GPUs is unknown"):
+        read_nccl_log(write(tmp_path, launched + launched.replace("16", "17") + SLOW_16 + TAIL))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ cycles (`-N`) are runs.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -33,9 +35,11 @@ _NODES = (  # what a launcher's option means; -N is the number of nodes for Slur
 )
 _BY_NODE = re.compile(r"-map-by[= ]node\b|-bynode\b")  # one process on each host in turn
 _MPI = r"\b(?:mpirun|mpiexec|orterun|prun)\b"
-_STARTED = re.compile(rf"{_MPI}.*?\s--?np?[= ]\s*\d")  # with a number of processes
+_STARTED = re.compile(rf"{_MPI}.*?\s--?np?[= ]\s*(\d{{1,6}})\b")  # with a number of processes
 _JOB = re.compile(rf"(?:(?!{_MPI}).)*(?:#SBATCH|\bsbatch\b|\bsalloc\b)(?:(?!{_MPI}).)*")  # what Slurm gave the job
 _TASKS = re.compile(r"\s(?:--ntasks[= ]|-n\s*)(\d{1,6})\b")
+_PER_PROCESS = re.compile(r"\s-(?:[tg]\s*|-n(?:threads|gpus)[= ])(\d{1,6})\b")  # the test's own options
+_IN_COMM = re.compile(r"\bn[rR]anks (\d{1,6})\b")  # NCCL itself
 _GPUS = re.compile(r"\s(?:--gpus[= ]|-G\s*)(?:[\w-]+:)?(\d{1,6})\b")
 _ON_NODE = re.compile(r"\s--(?:gpus-per-node[= ]|gres[= ]gpu:)(?:[\w-]+:)?(\d{1,6})\b")
 _FULL = 8  # GPUs of a node: hardly a machine has twice as many
@@ -45,6 +49,7 @@ PROGRAM = re.compile(
 )
 FORCED = re.compile(r"\b(NCCL_ALGO|NCCL_PROTO)(?:=| set by environment to )['\"]?([\w,;:^]*\w)")
 _KEEP = "keep the lines '# Rank …' that nccl-tests prints first"
+_KEEP_ALL = "keep all lines '# Rank …' of the run"
 _SHORTEST_S, _LONGEST_S = 1e-9, 86400.0  # of one all-reduce
 _ROUNDED = 0.005  # GB/s, by which a printed bandwidth may be off
 _RATE_OFF = 0.1  # by which size / time may differ from the bandwidth beside it; three digits are printed
@@ -59,6 +64,7 @@ class Section:
         self.line, self.name = line, name
         self.ranks: dict[int, tuple[str, str]] = {}  # host and device
         self.groups: set[str] = set()
+        self.processes = 0  # that wrote into the log, as far as a launcher numbers them
         self.places: dict[int, tuple[str, str, str]] = {}  # host, number and bus of the device, where the log says them
         self.num_gpus: int | None = None  # where the file says it and lists none
         self.num_nodes: int | None = None  # likewise
@@ -307,7 +313,7 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
             f"holds all-reduces in {len(section.groups)} groups of GPUs at the same time, expected one over all",
             line=section.line,
         )
-    if (listed == 1 and algbw < 1) or (listed < 2 and implied == 1):
+    if (listed == 1 and algbw < 1 and _fits(section.rows, 1)) or (listed < 2 and implied == 1):
         raise FileFormatError(
             path,
             "is the run of a single GPU, in which nothing is reduced",
@@ -328,21 +334,103 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
             f"lists {listed} of its ranks, but its bus bandwidth is {busbw / algbw:.4g} times the algorithm bandwidth, "
             f"which {told} would give",
             line=row.line,
-            hint="keep all lines '# Rank …' of the run, or none of them",
+            hint=f"{_KEEP_ALL}, or none of them",
         )
+    if section.ranks:
+        _check_whole_list(path, section, listed, row.line)
+    named = {num for num, _ in _told_gpus(section, 0)}
     if not listed and implied:
-        implied = _fitting(path, section.rows, implied, row.line)
+        implied = _fitting(path, section.rows, implied, named, row.line)
         if not _agrees(implied, algbw, busbw):
             problem = (
                 f"has a bus bandwidth of {busbw / algbw:.4g} times the algorithm bandwidth, which no all-reduce has"
             )
             raise FileFormatError(path, problem, line=row.line)
+    elif not listed and len(named) == 1 and _fits(section.rows, min(named)):
+        implied = min(named)
     num = listed or implied
     if num is None:
         problem = "has no device list ('# Rank 0 …'), so the number of GPUs is unknown"
         raise FileFormatError(path, problem, line=row.line, hint=_KEEP)
     hosts = {host for host, _ in section.ranks.values()} if whole and _names_tell(section) else set()
     return num, len(hosts) or section.num_nodes or _launched_nodes(section, num)
+
+
+def _check_whole_list(path: Path, section: Section, listed: int, line: int) -> None:
+    """Refuse a list of ranks whose end is missing, as far as anything else in the log tells.
+
+    A bandwidth of less than 1 GB/s, of which two digits are printed, fits several numbers. Where nothing tells and the
+    last host has fewer ranks than another one, a `UserWarning` says so.
+
+    Raises:
+        FileFormatError: says what tells of more ranks.
+    """
+    rows, each = section.rows, _gpus_per_process(section)
+    hosts = Counter(host for host, _ in section.ranks.values())
+    last, most = hosts[section.ranks[max(section.ranks)][0]], max(hosts.values())
+    told = dict(_told_gpus(section, len(hosts)))
+    nodes = max(_told_nodes(section), default=0) if _names_tell(section) else 0
+    more = {
+        -(-listed // each) * each: f"its processes have {each} GPUs each",
+        section.processes * each: f"{section.processes} processes wrote into it",
+    } | ({} if listed in told else told)
+    why = next((why for num, why in more.items() if num > listed and _fits(rows, num)), None)
+    if max(row.times.algbw for row in rows) < 1 and not _fits(rows, listed, by_hand=True):
+        why = f"its bandwidths are not those of {listed} GPUs"
+    elif nodes > len(hosts) and any(_fits(rows, num) for num in range(listed + 1, nodes * max(most, _FULL) + 1)):
+        why = why or f"the line that launched it names {nodes} nodes"
+    if why is not None:
+        raise FileFormatError(path, f"lists {listed} of its ranks, but {why}", line=line, hint=_KEEP_ALL)
+    if last < most and listed not in told and _fits(rows, len(hosts) * most):
+        warnings.warn(
+            f"{path}: lists {listed} ranks, {last} on the last host and {most} on another one; if the end of the list "
+            "is missing, there were more GPUs",
+            stacklevel=4,
+        )
+
+
+def _told_gpus(section: Section, num_hosts: int) -> Iterator[tuple[int, str]]:
+    """Numbers of GPUs that NCCL or the line that launched the run names, and which of them does; so many hosts ran."""
+    if section.launched is not None:
+        return
+    for found in _IN_COMM.finditer(section.launch):
+        yield int(found[1]), f"NCCL counts {found[1]}"
+    each = _gpus_per_process(section)
+    for line, _ in _commands(section):
+        slurm = re.search(r"\bsrun\b(.*)", line)
+        if started := _STARTED.search(line) or (_TASKS.search(slurm[1]) if slurm else None):
+            yield int(started[1]) * each, f"the line that launched it starts {started[1]} processes"
+        else:
+            for text in (text for what, text in _given(line) if what == "ranks"):
+                yield int(text) * num_hosts * each, f"the line that launched it starts {text} processes on each node"
+
+
+def _told_nodes(section: Section) -> Iterator[int]:
+    """Numbers of nodes that the line that launched the run names, and not a job's, which may have more."""
+    for line, _ in _commands(section) if section.launched is None else ():
+        if not _JOB.match(line):
+            yield from (int(text) for what, text in _given(line) if what == "nodes")
+
+
+def _commands(section: Section) -> list[tuple[str, str]]:
+    """The lines that launched the test by its name: what stands before the name, and its own options behind it."""
+    split = (PROGRAM.split(line, maxsplit=1) for line in section.launch.splitlines())
+    return [(parts[0], parts[2]) for parts in split if len(parts) > 1]
+
+
+def _gpus_per_process(section: Section) -> int:
+    """GPUs of each process: nThread times nGpus of the header, else of the options -t and -g."""
+    if section.header:
+        return int(section.header[1]) * int(section.header[2])
+    numbers = {math.prod(map(int, _PER_PROCESS.findall(options))) for _, options in _commands(section)}
+    return (numbers.pop() if len(numbers) == 1 else 1) or 1
+
+
+def _given(line: str) -> list[tuple[str, str]]:
+    """What a launcher's options say: "nodes", "ranks" on each, or "hosts", and the text of each."""
+    slurm = re.search(r"\b(?:srun|sbatch|salloc)\b|#SBATCH", line) is not None
+    of_n = "nodes" if slurm else "ranks"
+    return [(of_n if what == "N" else what, match[1]) for pattern, what in _NODES for match in pattern.finditer(line)]
 
 
 def _names_tell(section: Section) -> bool:
@@ -385,15 +473,14 @@ def _launched_nodes(section: Section, num_gpus: int) -> int | None:
     alike = earlier is None or not earlier.rows or _num_gpus(earlier) == num_gpus
     lines = [PROGRAM.split(line, 1)[0] for line in section.launch.splitlines()]  # behind it are the test's own options
     for line in lines:
-        slurm = re.search(r"\b(?:srun|sbatch|salloc)\b|#SBATCH", line) is not None
-        given = [(what, match[1]) for pattern, what in _NODES for match in pattern.finditer(line)]
-        ranks = [(what, text) for what, text in given if what == "ranks" or (what == "N" and not slurm)]
+        given = _given(line)
+        ranks = [(what, text) for what, text in given if what == "ranks"]
         on_node = [int(text) for _, text in ranks]
         for what, text in given if alike else ranks:
             if what == "hosts":
                 most = 1 if _BY_NODE.search(line) else min(on_node, default=num_gpus)
                 found.add(_hosts_used(text, num_gpus // per_process, most))
-            elif what == "nodes" or (what == "N" and slurm):
+            elif what == "nodes":
                 if not _JOB.match(line) or _fills_job(lines, int(text), num_gpus, per_process):
                     found.add(int(text))
             elif (per_node := int(text) * per_process) and num_gpus % per_node == 0:
@@ -470,23 +557,33 @@ def bus_factor(num_gpus: int) -> float:
     return 2 * (num_gpus - 1) / num_gpus
 
 
-def _fitting(path: Path, rows: list[Row], implied: int, line: int) -> int:
-    """The number of GPUs near the implied one that all bandwidths allow, which are rounded to two digits.
+def _fits(rows: list[Row], num: int, *, by_hand: bool = False) -> bool:
+    """Whether all bandwidths are those of so many GPUs, as far as two printed digits tell, one from 1000 GB/s on.
+
+    `by_hand`: people may have rounded to one.
+    """
+    measured = [times for row in rows for times in (row.out_of_place, row.in_place) if times is not None]
+    one = by_hand and not any(round(10 * rate, 6) % 1 for times in measured for rate in (times.algbw, times.busbw))
+    factor = bus_factor(num)
+    for times in measured:
+        rounded = _ROUNDED * (10 if one or max(times.algbw, times.busbw) >= 1000 else 1)
+        if abs(times.busbw - factor * times.algbw) > rounded * (1 + factor) + 1e-9:
+            return False
+    return True
+
+
+def _fitting(path: Path, rows: list[Row], implied: int, told: set[int], line: int) -> int:
+    """The number of GPUs near the implied one that all bandwidths allow, or the one of those that the log names.
 
     Raises:
         FileFormatError: they allow several.
     """
-
-    def fits(num: int) -> bool:
-        factor = bus_factor(num)
-        measured = (times for row in rows for times in (row.out_of_place, row.in_place) if times is not None)
-        return all(abs(t.busbw - factor * t.algbw) <= _ROUNDED * (1 + factor) + 1e-9 for t in measured)
-
-    found = [num for num in range(max(2, implied // 2), 2 * implied + 1) if fits(num)]
-    if len(found) > 1:
+    found = [num for num in range(max(2, implied // 2), 2 * implied + 1) if _fits(rows, num)]
+    named = told.intersection(found)
+    if len(found) > 1 and len(named) != 1:
         problem = f"has no device list ('# Rank 0 …'), and its bandwidths fit {found[0]} to {found[-1]} GPUs"
         raise FileFormatError(path, problem, line=line, hint=_KEEP)
-    return found[0] if found else implied
+    return min(named or found, default=implied)
 
 
 def _measurement(row: Row, unit_s: float) -> NcclMeasurement:
