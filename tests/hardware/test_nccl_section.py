@@ -158,6 +158,12 @@ def test_two_printed_digits_tell_the_number_of_gpus_only_where_one_number_fits_a
     assert read_nccl_log(write(tmp_path, told)).num_gpus == 16
     fast = rates((100.0, 196.88), (100.0, 196.88))  # 64 GPUs: 63 would give 196.83
     assert read_nccl_log(write(tmp_path, fast)).num_gpus == 64
+    many = rates((200.0, 396.88), (200.0, 396.88))  # 128 GPUs: 127 would give 396.85
+    assert read_nccl_log(write(tmp_path, many)).num_gpus == 128
+    with pytest.raises(FileFormatError, match="its bandwidths fit 870 to 1176 GPUs"):
+        read_nccl_log(write(tmp_path, rates((50.0, 99.9), (50.0, 99.9))))  # 2 / (0.1 ± 0.015) · 50
+    with pytest.raises(FileFormatError, match="number of GPUs is unknown"):
+        read_nccl_log(write(tmp_path, rates((50.0, 100.0), (50.0, 100.0))))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ _PER_PROCESS = re.compile(r"\s-(?:[tg]\s*|-n(?:threads|gpus)[= ])(\d{1,6})\b")  
 _IN_COMM = re.compile(r"\bn[rR]anks (\d{1,6})\b")  # NCCL itself
 _GPUS = re.compile(r"\s(?:--gpus[= ]|-G\s*)(?:[\w-]+:)?(\d{1,6})\b")
 _ON_NODE = re.compile(r"\s--(?:gpus-per-node[= ]|gres[= ]gpu:)(?:[\w-]+:)?(\d{1,6})\b")
+_MOST_TOLD = 4000  # GPUs that bandwidths of any digits are taken to tell
 _FULL = 8  # GPUs of a node: hardly a machine has twice as many
 PROGRAM = re.compile(
     r"\b((?:all_reduce|all_gather|reduce_scatter|alltoallv?|broadcast|reduce|sendrecv|gather|scatter|hypercube)"
@@ -324,7 +325,10 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
     if not whole:  # nccl-tests cuts long lists short, people too; the bus bandwidth knows, or does not contradict
         last = max(section.ranks)
         if implied != last + 1 and (implied is not None or not _agrees(last + 1, algbw, busbw)):
-            problem = f"lists {listed} ranks but numbers them up to {last}"
+            problem = (
+                f"lists {listed} ranks but numbers them up to {last}, and its bandwidths do not say that "
+                f"{last + 1} GPUs ran"
+            )
             raise FileFormatError(path, problem, line=section.line)
         listed = last + 1
     if listed and algbw >= 1 and not _agrees(listed, algbw, busbw):
@@ -339,13 +343,8 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
     if section.ranks:
         _check_whole_list(path, section, listed, row.line)
     named = {num for num, _ in _told_gpus(section, 0)}
-    if not listed and implied:
-        implied = _fitting(path, section.rows, implied, named, row.line)
-        if not _agrees(implied, algbw, busbw):
-            problem = (
-                f"has a bus bandwidth of {busbw / algbw:.4g} times the algorithm bandwidth, which no all-reduce has"
-            )
-            raise FileFormatError(path, problem, line=row.line)
+    if not listed and algbw >= 1 and 2 - busbw / algbw > 2 / _MOST_TOLD:
+        implied = _fitting(path, section.rows, row, named)
     elif not listed and len(named) == 1 and _fits(section.rows, min(named)):
         implied = min(named)
     num = listed or implied
@@ -572,18 +571,27 @@ def _fits(rows: list[Row], num: int, *, by_hand: bool = False) -> bool:
     return True
 
 
-def _fitting(path: Path, rows: list[Row], implied: int, told: set[int], line: int) -> int:
-    """The number of GPUs near the implied one that all bandwidths allow, or the one of those that the log names.
+def _fitting(path: Path, rows: list[Row], best: Row, named: set[int]) -> int:
+    """The number of GPUs that all bandwidths allow, or of several the one that the log names.
+
+    Where they allow none, as people have rounded them, or a row is not of the run, the best row's tell.
 
     Raises:
-        FileFormatError: they allow several.
+        FileFormatError: they allow several, or none.
     """
-    found = [num for num in range(max(2, implied // 2), 2 * implied + 1) if _fits(rows, num)]
-    named = told.intersection(found)
-    if len(found) > 1 and len(named) != 1:
+    ratio = best.times.busbw / best.times.algbw
+    near = round(2 / (2 - ratio))
+    possible = range(max(2, near // 2), 2 * near + 1)
+    found = [num for num in possible if _fits(rows, num)]
+    found = found or [num for num in possible if _agrees(num, best.times.algbw, best.times.busbw)]
+    if not found:
+        problem = f"has a bus bandwidth of {ratio:.4g} times the algorithm bandwidth, which no all-reduce has"
+        raise FileFormatError(path, problem, line=best.line)
+    told = named.intersection(found)
+    if len(found) > 1 and len(told) != 1:
         problem = f"has no device list ('# Rank 0 …'), and its bandwidths fit {found[0]} to {found[-1]} GPUs"
-        raise FileFormatError(path, problem, line=line, hint=_KEEP)
-    return min(named or found, default=implied)
+        raise FileFormatError(path, problem, line=best.line, hint=_KEEP)
+    return min(told or found)
 
 
 def _measurement(row: Row, unit_s: float) -> NcclMeasurement:
