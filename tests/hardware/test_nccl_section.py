@@ -247,6 +247,15 @@ SCATTER = SLOW.replace("1048576", " 524288").replace("0.50       0", "0.25      
 GATHER = SLOW.replace(" sum", "none")
 
 
+def test_a_line_that_names_fewer_nodes_than_a_shortened_list_tells_nothing(tmp_path: Path) -> None:
+    """As a guide that tries one GPU of a node first."""
+    ranks = listed("n0 0 0000:0b:00", "n0 1 0000:1b:00", "n1 0 0000:0b:00", "n1 1 0000:1b:00").splitlines(keepends=True)
+    for nodes, found in ((1, None), (2, 2)):
+        head = f"sbatch --nodes={nodes} --ntasks=4 ./x\n" + ranks[0] + ranks[3]
+        (log,) = read_nccl_logs(write(tmp_path, head + FOUR + TAIL))
+        assert (log.num_gpus, log.num_nodes) == (4, found)
+
+
 @pytest.mark.parametrize("called", ["", "mpirun -np 2 ./build/all_reduce_perf -g 1\n"])
 @pytest.mark.parametrize(
     ("row", "says"),
@@ -334,7 +343,7 @@ def test_columns_alone_begin_a_second_run(tmp_path: Path) -> None:
 
 
 def test_a_time_that_is_not_the_one_of_its_bandwidth_is_refused(tmp_path: Path) -> None:
-    """Milliseconds without the line that says so; a row that lost a digit; 11 % off, and 9 %."""
+    """Milliseconds without the line that says so; a row that lost a digit or a point; 11 % off, and 9 %."""
     old = "1048576  262144  float  sum  0.210  4.99  4.99  N/A  0.210  4.99  4.99  N/A\n"
     with pytest.raises(FileFormatError, match=r"1048576 bytes in 0\.21 us are 4993 GB/s, but the row says 4\.99 GB/s"):
         read_nccl_log(write(tmp_path, old + TAIL))
@@ -346,6 +355,12 @@ def test_a_time_that_is_not_the_one_of_its_bandwidth_is_refused(tmp_path: Path) 
             with pytest.raises(FileFormatError, match="it is damaged") as caught:
                 read_nccl_log(path)
             assert caught.value.line == 4
+    slow = FAST.replace("4194304       1048576", "4096 1024").replace("10.00", "0.01")  # 4,096 bytes in 419.4 us
+    assert len(read_nccl_log(write(tmp_path, HEAD + slow + TAIL)).measurements) == 1
+    for time in ("4194", "41.94"):  # 0.001 and 0.10 GB/s
+        path = write(tmp_path, HEAD + slow.replace("419.4", time, 1).replace("0.01", "0.05", 1) + TAIL)
+        with pytest.raises(FileFormatError, match="it is damaged"):
+            read_nccl_log(path)
 
 
 def test_each_run_has_the_version_that_it_names_or_that_of_the_run_before(tmp_path: Path) -> None:
@@ -554,7 +569,8 @@ def test_slow_rows_without_a_list_are_of_as_many_gpus_as_the_log_names_once(tmp_
     ("time_us", "fits"), [("0.001", True), ("0.0009", False), ("86400000000", True), ("86400000001", False)]
 )
 def test_an_all_reduce_takes_a_nanosecond_to_a_day(tmp_path: Path, time_us: str, fits: bool) -> None:
-    half = f"{time_us} 0.00 0.00 0"
+    rate = f"{0.008 / float(time_us):.2f}"
+    half = f"{time_us} {rate} {rate} 0"
     path = write(tmp_path, f"{HEAD}8 2 float sum -1 {half} {half}\n{TAIL}")
     if fits:
         assert read_nccl_log(path).measurements[0].seconds == pytest.approx(float(time_us) * 1e-6)

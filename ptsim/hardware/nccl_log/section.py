@@ -53,7 +53,7 @@ _KEEP = "keep the lines '# Rank …' that nccl-tests prints first"
 _KEEP_ALL = "keep all lines '# Rank …' of the run"
 _SHORTEST_S, _LONGEST_S = 1e-9, 86400.0  # of one all-reduce
 _ROUNDED = 0.005  # GB/s, by which a printed bandwidth may be off
-_RATE_OFF = 0.1  # by which size / time may differ from the bandwidth beside it; three digits are printed
+_RATE_OFF = 0.1  # by which size / time may differ from the bandwidth beside it, besides what that is rounded
 _RATIO_OFF = 0.03  # by which busbw / algbw may differ from that of the ranks, whatever was rounded
 _REDUCTIONS = ("sum", "prod", "max", "min", "avg", "mulsum", "all")
 
@@ -247,6 +247,7 @@ def check_all_reduce(path: Path, section: Section) -> None:
 def _check_section(path: Path, section: Section) -> None:
     rows = section.rows
     columns = max(row.num_groups for row in rows)
+    rounded = _ROUNDED * (10 if _rounded_by_hand(rows) else 1)
     for row in rows:
         if row.num_groups < columns:
             raise FileFormatError(
@@ -258,7 +259,7 @@ def _check_section(path: Path, section: Section) -> None:
         if row.wrong:
             raise FileFormatError(path, f"{row.wrong} wrong results at {row.size} bytes", line=row.line)
         for times in filter(None, (row.out_of_place, row.in_place)):
-            _check_times(path, section, row, times)
+            _check_times(path, section, row, times, rounded)
     last = max(rows, key=lambda row: row.line).size
     if not section.ended and section.header is None and not section.ranks:
         warnings.warn(
@@ -274,14 +275,14 @@ def _check_section(path: Path, section: Section) -> None:
         )
 
 
-def _check_times(path: Path, section: Section, row: Row, times: Times) -> None:
-    """Refuse a time that no all-reduce has, or that is not the one of the bandwidth beside it."""
+def _check_times(path: Path, section: Section, row: Row, times: Times, rounded: float) -> None:
+    """Refuse a time that no all-reduce has, or that is not the one of the bandwidth beside it, to `rounded` GB/s."""
     seconds = times.time * section.unit_s
     if not _SHORTEST_S <= seconds <= _LONGEST_S:
         problem = f"time of {row.size} bytes is {times.time:g}, expected a positive one of at most a day"
         raise FileFormatError(path, problem, line=row.line)
     rate = row.size / seconds / 1e9
-    if times.algbw >= 1 and not abs(rate / times.algbw - 1) <= _RATE_OFF:
+    if not abs(rate - times.algbw) <= _RATE_OFF * times.algbw + rounded:
         raise FileFormatError(
             path,
             f"{row.size} bytes in {seconds * 1e6:g} us are {rate:.4g} GB/s, but the row says {times.algbw:g} GB/s: "
@@ -351,8 +352,11 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
     if num is None:
         problem = "has no device list ('# Rank 0 …'), so the number of GPUs is unknown"
         raise FileFormatError(path, problem, line=row.line, hint=_KEEP)
-    hosts = {host for host, _ in section.ranks.values()} if whole and _names_tell(section) else set()
-    return num, len(hosts) or section.num_nodes or _launched_nodes(section, num)
+    hosts = len({host for host, _ in section.ranks.values()}) if _names_tell(section) else 0
+    if whole and hosts:
+        return num, hosts
+    nodes = section.num_nodes or _launched_nodes(section, num)
+    return num, nodes if nodes is None or nodes >= hosts else None  # a line that launched something else
 
 
 def _check_whole_list(path: Path, section: Section, listed: int, line: int) -> None:
@@ -561,14 +565,23 @@ def _fits(rows: list[Row], num: int, *, by_hand: bool = False) -> bool:
 
     `by_hand`: people may have rounded to one.
     """
-    measured = [times for row in rows for times in (row.out_of_place, row.in_place) if times is not None]
-    one = by_hand and not any(round(10 * rate, 6) % 1 for times in measured for rate in (times.algbw, times.busbw))
+    one = by_hand and _rounded_by_hand(rows)
     factor = bus_factor(num)
-    for times in measured:
+    for times in _measured(rows):
         rounded = _ROUNDED * (10 if one or max(times.algbw, times.busbw) >= 1000 else 1)
         if abs(times.busbw - factor * times.algbw) > rounded * (1 + factor) + 1e-9:
             return False
     return True
+
+
+def _rounded_by_hand(rows: list[Row]) -> bool:
+    """Whether no bandwidth has a second digit, which nccl-tests prints."""
+    return not any(round(10 * rate, 6) % 1 for times in _measured(rows) for rate in (times.algbw, times.busbw))
+
+
+def _measured(rows: list[Row]) -> Iterator[Times]:
+    """Out of place and in place, in turn."""
+    return (times for row in rows for times in (row.out_of_place, row.in_place) if times is not None)
 
 
 def _fitting(path: Path, rows: list[Row], best: Row, named: set[int]) -> int:
