@@ -378,7 +378,7 @@ def _check_whole_list(path: Path, section: Section, listed: int, line: int) -> N
         section.processes * each: f"{section.processes} processes wrote into it",
     } | ({} if listed in told else told)
     why = next((why for num, why in more.items() if num > listed and _fits(rows, num)), None)
-    if max(row.times.algbw for row in rows) < 1 and not _fits(rows, listed, by_hand=True):
+    if not _fits(rows, listed, by_hand=True):
         why = f"its bandwidths are not those of {listed} GPUs"
     elif nodes > len(hosts) and any(_fits(rows, num) for num in range(listed + 1, nodes * max(most, _FULL) + 1)):
         why = why or f"the line that launched it names {nodes} nodes"
