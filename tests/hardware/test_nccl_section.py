@@ -544,13 +544,31 @@ def test_what_tells_of_other_runs_does_not_count_against_a_list(tmp_path: Path, 
 
 def test_a_last_host_with_fewer_ranks_than_another_is_told_where_nothing_else_tells(tmp_path: Path) -> None:
     ranks = "".join(LISTED_16[:15])
-    with pytest.warns(UserWarning, match="lists 15 ranks, 7 on the last host and 8 on another one"):
+    with pytest.warns(
+        UserWarning, match="its hosts have 7 to 8 ranks each: if lines of the list are missing, there were"
+    ):
         assert read_nccl_log(write(tmp_path, ranks + SLOW_16 + TAIL)).num_gpus == 15
-    fast = SLOW_16.replace("1100.0 0.95 1.78", f"100.0 10.49 {10.49 * 28 / 15:.2f}")  # of 15 alone
+    launched = "mpirun -np 15 ./all_reduce_perf\n"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert read_nccl_log(write(tmp_path, ranks + fast + TAIL)).num_gpus == 15
-        assert read_nccl_log(write(tmp_path, "mpirun -np 15 ./all_reduce_perf\n" + ranks + SLOW_16 + TAIL))
+        assert read_nccl_log(write(tmp_path, launched + ranks + SLOW_16 + TAIL))
+    damaged = ranks.replace("on n0 device  3", "on n device  3")
+    with pytest.warns(UserWarning, match=r"its hosts have 1 to 7 ranks each.* if a name is damaged, fewer nodes"):
+        assert read_nccl_log(write(tmp_path, launched + damaged + SLOW_16 + TAIL)).num_nodes == 3
+
+
+def test_a_list_that_nccl_tests_cut_short_is_completed_by_the_gpus_of_each_process(tmp_path: Path) -> None:
+    """It keeps 2,048 characters of each process, which long names fill."""
+    cut = "#  Rank 14 Group  0 Pid     14 on n0-with-a-long-na...\n"
+    fast = SLOW_16.replace("1100.0 0.95 1.78", "10.0 104.86 196.61")
+    whole = listed(*(f"n0 {i} 0000:{i:x}b:00" for i in range(14)))
+    for name in (cut, cut.replace("on n0-with-a-long-na", "on n0 device 14 [0000:0b:00] NVIDIA H")):
+        path = write(tmp_path, HEADED.format(16) + whole + name + fast + TAIL)
+        (log,) = read_nccl_logs(path)
+        assert (log.num_gpus, log.num_nodes) == (16, 1)
+        path = write(tmp_path, HEADED.format(15) + whole + name + fast + TAIL)
+        with pytest.raises(FileFormatError, match="lists 15 of its ranks, but its bus bandwidth is"):
+            read_nccl_logs(path)
 
 
 def test_slow_rows_without_a_list_are_of_as_many_gpus_as_the_log_names_once(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ class Section:
         self.line, self.name = line, name
         self.ranks: dict[int, tuple[str, str]] = {}  # host and device
         self.groups: set[str] = set()
+        self.shortened = False  # the list of ranks is, by nccl-tests itself: 2,048 characters of each process are kept
         self.processes = 0  # that wrote into the log, as far as a launcher numbers them
         self.places: dict[int, tuple[str, str, str]] = {}  # host, number and bus of the device, where the log says them
         self.num_gpus: int | None = None  # where the file says it and lists none
@@ -323,7 +324,10 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
             hint="with one process per GPU, nccl-tests must be built with MPI=1",
         )
     whole = not section.ranks or max(section.ranks) + 1 == listed
-    if not whole:  # nccl-tests cuts long lists short, people too; the bus bandwidth knows, or does not contradict
+    if section.shortened:
+        each = _gpus_per_process(section)
+        listed, whole = -(-(max(section.ranks, default=-1) + 1) // each) * each, False
+    elif not whole:  # nccl-tests cuts long lists short, people too; the bus bandwidth knows, or does not contradict
         last = max(section.ranks)
         if implied != last + 1 and (implied is not None or not _agrees(last + 1, algbw, busbw)):
             problem = (
@@ -342,7 +346,7 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
             hint=f"{_KEEP_ALL}, or none of them",
         )
     if section.ranks:
-        _check_whole_list(path, section, listed, row.line)
+        _check_list(path, section, listed, whole, row.line)
     named = {num for num, _ in _told_gpus(section, 0)}
     if not listed and algbw >= 1 and 2 - busbw / algbw > 2 / _MOST_TOLD:
         implied = _fitting(path, section.rows, row, named)
@@ -359,18 +363,18 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
     return num, nodes if nodes is None or nodes >= hosts else None  # a line that launched something else
 
 
-def _check_whole_list(path: Path, section: Section, listed: int, line: int) -> None:
+def _check_list(path: Path, section: Section, listed: int, whole: bool, line: int) -> None:
     """Refuse a list of ranks whose end is missing, as far as anything else in the log tells.
 
-    A bandwidth of less than 1 GB/s, of which two digits are printed, fits several numbers. Where nothing tells and the
-    last host has fewer ranks than another one, a `UserWarning` says so.
+    A bandwidth of less than 1 GB/s, of which two digits are printed, fits several numbers. Where nothing tells and
+    some hosts have fewer ranks than others, a `UserWarning` says so.
 
     Raises:
         FileFormatError: says what tells of more ranks.
     """
     rows, each = section.rows, _gpus_per_process(section)
-    hosts = Counter(host for host, _ in section.ranks.values())
-    last, most = hosts[section.ranks[max(section.ranks)][0]], max(hosts.values())
+    hosts = Counter(host for _, (host, _) in sorted(section.ranks.items()))
+    most = max(hosts.values())
     told = dict(_told_gpus(section, len(hosts)))
     nodes = max(_told_nodes(section), default=0) if _names_tell(section) else 0
     more = {
@@ -384,10 +388,11 @@ def _check_whole_list(path: Path, section: Section, listed: int, line: int) -> N
         why = why or f"the line that launched it names {nodes} nodes"
     if why is not None:
         raise FileFormatError(path, f"lists {listed} of its ranks, but {why}", line=line, hint=_KEEP_ALL)
-    if last < most and listed not in told and _fits(rows, len(hosts) * most):
+    *others, last = hosts.values()
+    if whole and (min(others, default=most) < most or (last < most and listed not in told)):
         warnings.warn(
-            f"{path}: lists {listed} ranks, {last} on the last host and {most} on another one; if the end of the list "
-            "is missing, there were more GPUs",
+            f"{path}: its hosts have {min(hosts.values())} to {most} ranks each: if lines of the list are missing, "
+            "there were more GPUs, and if a name is damaged, fewer nodes",
             stacklevel=4,
         )
 

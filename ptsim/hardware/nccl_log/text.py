@@ -21,6 +21,7 @@ _PROCESS = re.compile(r"[\[@]\d{1,6},(\d{1,6})\]<std")  # its number, as Open MP
 _RANK = re.compile(
     r"\bRank\s+(\d{1,6})\s+(?:Group\s+(\d+)\s+)?(?:Pid\s+\d+\s+)?on\s+(\S+)\s+device\s+(\d+)\s+\[([^\]]*)\]\s*(.*)"
 )
+_SHORTENED = re.compile(r"\bRank\s+\d+ .*\.\.\.$")  # where nccl-tests has cut the list of a process short
 _HEADER = re.compile(  # with colons and ranks of a GPU in rccl-tests until 2023
     r"\bnThreads?:?\s+(\d{1,6})\s+nGpus:?\s+(\d{1,6})\s+(?:nRanks:?\s+\d{1,6}\s+)?"
     r"minBytes:?\s+(\d{1,18})\s+maxBytes:?\s+(\d{1,18})(?:\s+step:\s*(\d{1,18})\((factor|bytes)\))?"
@@ -121,6 +122,8 @@ class _Reader:
             current.blocking = True
         elif _DEVICES.search(line) and current.ended:
             self.begin(number)  # a second run whose first line was not copied
+        elif _SHORTENED.search(line):
+            current.shortened = not current.ended
         elif rank := _RANK.search(line):
             if current.ended:
                 self.begin(number)
