@@ -63,6 +63,29 @@ def test_a_bare_list_of_events_and_a_byte_order_mark_change_nothing(
     assert found.device == (None if bare else "GPU")
 
 
+UNWRITABLE = {  # as Kineto writes it → as it is read
+    rb"lib\cuda\utils\__init__.py(7): f": "lib\\cuda\\utils\\__init__.py(7): f",
+    rb"a\\b\"c": 'a\\b"c',
+    b'{"device": "cpu", "n": 1}(3): run': '{"device": "cpu", "n": 1}(3): run',
+    b"two\nlines": "two lines",
+    b"caf\xe9": "caf\ufffd",
+}
+
+
+@pytest.mark.parametrize("name", UNWRITABLE)
+def test_names_and_numbers_that_kineto_writes_and_json_does_not_know_are_read(tmp_path: Path, name: bytes) -> None:
+    path = tmp_path / "recorded.json"
+    path.write_bytes(
+        b'{"schemaVersion": 1,\n"traceEvents": [\n{"name": "process_name", "ph": "M", "ts": 1, "pid": 9},\n'
+        b'{"ph": "X", "cat": "user_annotation", "name": "' + name + b'", "pid": 9, "tid": 1,\n"ts": 10, "dur": 5,\n'
+        b'"args": {"bandwidth (GB/s)": inf, "other": -nan}},\n'
+        b'{"ph": "X", "cat": "cpu_op", "name": "aten::add", "pid": 9, "tid": 1, "ts": 11, "dur": 2, "args": {}}\n]}'
+    )
+    around, inside = read_recording(path).host
+    assert (around.name, inside.name, inside.parent) == (UNWRITABLE[name], "aten::add", around)
+    assert around.arguments == {"bandwidth (gb/s)": None, "other": None}
+
+
 def test_times_since_1970_are_as_exact_as_others(tmp_path: Path) -> None:
     """As versions until 2024 write them: a float holds such seconds in steps of 0.24 µs, a quarter of this kernel's."""
     begin_us = 1_700_000_000_000_000
