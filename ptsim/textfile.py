@@ -90,9 +90,12 @@ def unpacked(path: str | Path, content: bytes, *, most: int = MOST_BYTES) -> byt
     """What a gzip file holds, at most `most` bytes; of any other file its content.
 
     Raises:
-        FileFormatError: the gzip file is broken, ends too early or holds more, or the file is another kind of archive.
+        FileFormatError: the gzip file is broken, ends too early, holds more or another one, or the file is another
+            kind of archive.
     """
     plain = _unzipped(path, content, most) if content.startswith(_GZIP) else content
+    if plain.startswith(_GZIP):
+        raise FileFormatError(path, "is a gzip file inside a gzip file", hint="unpack it first")
     kind = next((kind for begin, kind in _OTHER.items() if plain.startswith(begin)), None)
     if kind or plain[_TAR[0]] == _TAR[1]:
         raise FileFormatError(

@@ -257,6 +257,8 @@ def outside(spans: Sequence[Span], others: Sequence[Span]) -> float:
 
 def _decode(path: Path) -> _RawFile:
     content = unpacked(path, read_bytes(path, most=_MOST_BYTES), most=_MOST_BYTES)
+    if not content.strip():
+        raise FileFormatError(path, "is empty, expected a file that torch.profiler wrote")
     try:
         found = _decoded(path, content)
     except FileFormatError as error:

@@ -518,6 +518,21 @@ def test_a_list_of_ranks_whose_end_is_missing_is_noticed_where_the_log_tells(tmp
     assert caught.value.hint == "keep all lines '# Rank …' of the run"
 
 
+def test_what_nccl_counts_in_a_later_run_is_of_that_run(tmp_path: Path) -> None:
+    """And leaves it the line that launched both."""
+    head, init = (
+        HEADED.format(1),
+        "n0:9:9 [0] NCCL INFO comm 0x5 rank 0 nranks 16 cudaDev 0 busId 1b000 - Init COMPLETE\n",
+    )
+    run, short = (head + init + "".join(LISTED_16[:num]) + SLOW_16 + TAIL for num in (16, 15))
+    unlisted = head + init + SLOW_16 + TAIL
+    launched = "mpirun -np 16 -npernode 8 ./all_reduce_perf\n"
+    logs = read_nccl_logs(write(tmp_path, launched + run + unlisted))
+    assert [(log.num_gpus, log.num_nodes) for log in logs] == [(16, 2), (16, 2)]
+    with pytest.raises(FileFormatError, match="lists 15 of its ranks, but NCCL counts 16"):
+        read_nccl_logs(write(tmp_path, run + short))
+
+
 def test_nodes_that_the_launcher_names_and_the_list_does_not_are_missing(tmp_path: Path) -> None:
     """Of 8 or 9 GPUs: 0.50 · 1.75 = 0.875 and 0.50 · 1.778 = 0.889."""
     row = SLOW_16.replace("1100.0 0.95 1.78", "2097.2 0.50 0.88")

@@ -39,7 +39,6 @@ _STARTED = re.compile(rf"{_MPI}.*?\s--?np?[= ]\s*(\d{{1,6}})\b")  # with a numbe
 _JOB = re.compile(rf"(?:(?!{_MPI}).)*(?:#SBATCH|\bsbatch\b|\bsalloc\b)(?:(?!{_MPI}).)*")  # what Slurm gave the job
 _TASKS = re.compile(r"\s(?:--ntasks[= ]|-n\s*)(\d{1,6})\b")
 _PER_PROCESS = re.compile(r"\s-(?:[tg]\s*|-n(?:threads|gpus)[= ])(\d{1,6})\b")  # the test's own options
-_IN_COMM = re.compile(r"\bn[rR]anks (\d{1,6})\b")  # NCCL itself
 _GPUS = re.compile(r"\s(?:--gpus[= ]|-G\s*)(?:[\w-]+:)?(\d{1,6})\b")
 _ON_NODE = re.compile(r"\s--(?:gpus-per-node[= ]|gres[= ]gpu:)(?:[\w-]+:)?(\d{1,6})\b")
 _MOST_TOLD = 4000  # GPUs that bandwidths of any digits are taken to tell
@@ -67,6 +66,7 @@ class Section:
         self.groups: set[str] = set()
         self.shortened = False  # the list of ranks is, by nccl-tests itself: 2,048 characters of each process are kept
         self.processes = 0  # that wrote into the log, as far as a launcher numbers them
+        self.counted: set[int] = set()  # ranks, by NCCL itself
         self.places: dict[int, tuple[str, str, str]] = {}  # host, number and bus of the device, where the log says them
         self.num_gpus: int | None = None  # where the file says it and lists none
         self.num_nodes: int | None = None  # likewise
@@ -399,12 +399,9 @@ def _check_list(path: Path, section: Section, listed: int, whole: bool, line: in
 
 def _told_gpus(section: Section, num_hosts: int) -> Iterator[tuple[int, str]]:
     """Numbers of GPUs that NCCL or the line that launched the run names, and which of them does; so many hosts ran."""
-    if section.launched is not None:
-        return
-    for found in _IN_COMM.finditer(section.launch):
-        yield int(found[1]), f"NCCL counts {found[1]}"
+    yield from ((num, f"NCCL counts {num}") for num in sorted(section.counted))
     each = _gpus_per_process(section)
-    for line, _ in _commands(section):
+    for line, _ in _commands(section) if section.launched is None else ():
         slurm = re.search(r"\bsrun\b(.*)", line)
         if started := _STARTED.search(line) or (_TASKS.search(slurm[1]) if slurm else None):
             yield int(started[1]) * each, f"the line that launched it starts {started[1]} processes"

@@ -18,6 +18,7 @@ from ptsim.hardware.nccl_log.section import ELEMENT_BYTES, FORCED, PROGRAM, Row,
 # the process wrote, also in the middle of a row
 _LAUNCHER = re.compile(r"\[[^\[\]\s]{1,100}\]<std(?:out|err)>:?|\[\d{1,9}\]")
 _PROCESS = re.compile(r"[\[@]\d{1,6},(\d{1,6})\]<std")  # its number, as Open MPI tags its lines
+_COUNTED = re.compile(r"\bnRanks (\d{1,6}) nNodes\b|\bnranks (\d{1,6})\b.*\bInit COMPLETE\b")  # by NCCL
 _RANK = re.compile(
     r"\bRank\s+(\d{1,6})\s+(?:Group\s+(\d+)\s+)?(?:Pid\s+\d+\s+)?on\s+(\S+)\s+device\s+(\d+)\s+\[([^\]]*)\]\s*(.*)"
 )
@@ -42,8 +43,7 @@ _ROW = re.compile(
 )  # whatever a launcher puts in front
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _LAUNCH = re.compile(
-    r"\b(?:mpirun|mpiexec|orterun|prun|srun|sbatch|salloc)\b|#SBATCH|\bppr:\d+:node|\bnNodes \d|"
-    r"\bnranks \d.*\bInit COMPLETE\b|\bNCCL_HOSTID\b"
+    r"\b(?:mpirun|mpiexec|orterun|prun|srun|sbatch|salloc)\b|#SBATCH|\bppr:\d+:node|\bnNodes \d|\bNCCL_HOSTID\b"
 )
 _BOTH = (8, 16)  # numbers of a row that has times out of place and in place, without and with those of iterations
 _LARGEST = 1e18
@@ -171,6 +171,8 @@ class _Reader:
         to_come = current.ended or bool(current.rows)
         if not to_come and (process := _PROCESS.search(line)):
             current.processes = max(current.processes, int(process[1]) + 1)
+        if not to_come and (counted := _COUNTED.search(line)):
+            current.counted.add(int(counted[1] or counted[2]))
         if (self.goes_on or _LAUNCH.search(line)) and not _RANK.search(line):
             self.goes_on = line.rstrip().endswith("\\")
             part = f"{line.rstrip()[:-1]} " if self.goes_on else f"{line}\n"
