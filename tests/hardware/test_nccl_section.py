@@ -592,6 +592,9 @@ def test_slow_rows_without_a_list_are_of_as_many_gpus_as_the_log_names_once(tmp_
     assert (log.num_gpus, log.num_nodes) == (16, 2)
     fast = SLOW_16.replace("1100.0 0.95 1.78", "1000.0 1.05 1.97")  # 15 to 18 as well
     assert read_nccl_log(write(tmp_path, launched + fast + TAIL)).num_gpus == 16
+    for unknown in ("mpirun -npernode 8 ./all_reduce_perf\n", "mpirun -np 0 ./all_reduce_perf\n"):
+        with pytest.raises(FileFormatError, match="number of GPUs is unknown"):
+            read_nccl_log(write(tmp_path, unknown + SLOW_16 + TAIL))
     with pytest.raises(FileFormatError, match="number of GPUs is unknown"):
         read_nccl_log(write(tmp_path, launched.replace("16", "8") + SLOW_16 + TAIL))
     with pytest.raises(FileFormatError, match="number of GPUs is unknown"):

@@ -567,6 +567,8 @@ def _fits(rows: list[Row], num: int, *, by_hand: bool = False) -> bool:
 
     `by_hand`: people may have rounded to one.
     """
+    if num < 1:  # as a launcher may say
+        return False
     one = by_hand and _rounded_by_hand(rows)
     factor = bus_factor(num)
     for times in _measured(rows):
