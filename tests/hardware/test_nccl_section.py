@@ -200,6 +200,8 @@ EIGHT = "33554432 8388608 float sum -1 274.2 122.36 214.13 0 276.4 121.38 212.42
     [
         ("mpirun -np 2 -npernode 1 ./x", (1, 4), 2),  # a process of four GPUs on each node
         ("mpirun -np 2 -npernode 1 ./x", (2, 2), 2),
+        ("mpirun -np 2 -npernode 1 -H a,b ./x", (1, 0), None),  # of which no run is
+        ("mpirun -np 2 -npernode 1 ./all_reduce_perf -g 4", None, 2),
         ("mpirun -np 4 -npernode 2 ./x", (1, 2), 2),
         ("mpirun -np 4 -npernode 3 ./x", (1, 2), None),  # six of eight GPUs
         ("mpirun -np 8 -npernode 4 -H a,b,c,d ./x", (1, 1), None),  # two nodes, or four
@@ -209,9 +211,11 @@ EIGHT = "33554432 8388608 float sum -1 274.2 122.36 214.13 0 276.4 121.38 212.42
     ],
 )
 def test_processes_of_several_gpus_count_with_all_of_them(
-    tmp_path: Path, launch: str, process: tuple[int, int], nodes: int | None
+    tmp_path: Path, launch: str, process: tuple[int, int] | None, nodes: int | None
 ) -> None:
-    head = f"{launch}\n# nThread {process[0]} nGpus {process[1]} minBytes 8 maxBytes 33554432 step: 2(factor)\n"
+    head = f"{launch}\n"
+    if process:
+        head += f"# nThread {process[0]} nGpus {process[1]} minBytes 8 maxBytes 33554432 step: 2(factor)\n"
     (log,) = read_nccl_logs(write(tmp_path, head + EIGHT + TAIL))
     assert (log.num_gpus, log.num_nodes) == (8, nodes)
 

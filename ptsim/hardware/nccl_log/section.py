@@ -384,7 +384,9 @@ def _check_list(path: Path, section: Section, listed: int, whole: bool, line: in
     why = next((why for num, why in more.items() if num > listed and _fits(rows, num)), None)
     if not _fits(rows, listed, by_hand=True):
         why = f"its bandwidths are not those of {listed} GPUs"
-    elif nodes > len(hosts) and any(_fits(rows, num) for num in range(listed + 1, nodes * max(most, _FULL) + 1)):
+    elif nodes > len(hosts) and any(
+        _fits(rows, num) for num in range(listed + 1, min(nodes * max(most, _FULL), _MOST_TOLD) + 1)
+    ):
         why = why or f"the line that launched it names {nodes} nodes"
     if why is not None:
         raise FileFormatError(path, f"lists {listed} of its ranks, but {why}", line=line, hint=_KEEP_ALL)
@@ -426,7 +428,7 @@ def _commands(section: Section) -> list[tuple[str, str]]:
 def _gpus_per_process(section: Section) -> int:
     """GPUs of each process: nThread times nGpus of the header, else of the options -t and -g."""
     if section.header:
-        return int(section.header[1]) * int(section.header[2])
+        return int(section.header[1]) * int(section.header[2]) or 1
     numbers = {math.prod(map(int, _PER_PROCESS.findall(options))) for _, options in _commands(section)}
     return (numbers.pop() if len(numbers) == 1 else 1) or 1
 
@@ -470,7 +472,7 @@ def _may_share(section: Section, num_gpus: int, num_nodes: int | None) -> bool:
 
 def _launched_nodes(section: Section, num_gpus: int) -> int | None:
     """Nodes of a run without a device list, from the line that launched it; None where nothing tells."""
-    per_process = int(section.header[1]) * int(section.header[2]) if section.header else 1
+    per_process = _gpus_per_process(section)
     if per_process == num_gpus:
         return 1
     found: set[int] = set()
