@@ -92,6 +92,8 @@ def validate_mllog(
     notes = [note for note in (run.note, _other_gpus(run, where)) if note]
     if run.optimizer not in (None, optimizer):
         notes.append(f"the run's optimizer is {run.optimizer}; the update of {optimizer} is predicted")
+    if run.num_epochs == 1:
+        notes.append("the log has the time of one epoch only, whose first steps may be slower than those of others")
     if run.passes > 1:
         notes.append(f"the run added up gradients of {run.passes} passes; one of the whole mini-batch is predicted")
     return MllogCheck(

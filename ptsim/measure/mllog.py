@@ -65,7 +65,7 @@ class MlperfRun(msgspec.Struct, frozen=True, kw_only=True):
         epoch_seconds: median of an epoch's training, without evaluation; the first epoch is left out where there are
             others. From marks that wait for the accelerators, where an epoch's own do not.
         num_epochs: that were timed.
-        note: what was assumed of the number of images; None where the log says what the benchmark's data set has.
+        note: what was assumed of the number of images; None where the log says what its benchmark's data set has.
     """
 
     benchmark: str | None
@@ -194,7 +194,9 @@ def _samples(path: Path, values: dict[str, Any], global_batch: int, *, old: bool
         said = f"its log does not say of how many images: {known[0]} are taken"
         return known[0], None if len(known) == 1 else said
     count = _count(path, values, named)
-    if named == keys[0] or not benchmark or any(abs(count / images - 1) <= _NEAR for images in known):
+    if not benchmark:
+        return count, f"its log does not name the benchmark: its {named}, {count}, is taken for a number of images"
+    if named == keys[0] or any(abs(count / images - 1) <= _NEAR for images in known):
         return count, None
     if not known:
         return count, f"how many images MLPerf's {benchmark} has is not known here: its {named}, {count}, is taken"

@@ -76,6 +76,15 @@ def test_gradients_that_accumulate_are_noted_and_a_pass_does_not_tell_the_number
     assert not any("added up" in note for note in once.notes)
 
 
+def test_a_single_epoch_is_noted(tmp_path: Path, network: Network) -> None:
+    whole = mllog(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    cut.write_text("\n".join(whole.read_text().splitlines()[:8]))  # up to the first epoch_stop
+    for log, noted in ((whole, False), (cut, True)):
+        check = validate_mllog(log, cluster="dgx-a100", model=network)
+        assert any("time of one epoch only" in note for note in check.notes) == noted
+
+
 def test_another_optimizer_is_noted(tmp_path: Path, network: Network) -> None:
     check = validate_mllog(mllog(tmp_path / "log", opt_name="lars"), cluster="dgx-a100", model=network)
     assert any("lars" in note for note in check.notes)

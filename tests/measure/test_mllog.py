@@ -237,7 +237,13 @@ def test_the_images_of_an_epoch_are_the_logs_or_the_benchmarks(
         ("unet3d", {"train_samples": 168, "samples_per_epoch": 240}, 80, 240, None),  # filled up to 3 mini-batches
         ("retinanet", {"train_samples": 4572}, 256, 4572 * 256, "retinanet: mini-batches of 256"),  # since 5.0
         ("mine", {"train_samples": 4572}, 256, 4572, "MLPerf's mine has is not known here: its train_samples, 4572"),
-        (None, {"train_samples": 4572}, 256, 4572, None),
+        (
+            None,
+            {"train_samples": 4572},
+            256,
+            4572,
+            "does not name the benchmark: its train_samples, 4572, is taken for",
+        ),
     ],
 )
 def test_a_number_that_is_not_of_the_data_sets_images_is_noted(
