@@ -21,11 +21,13 @@ import msgspec
 
 from ptsim.errors import FileFormatError
 from ptsim.hardware.catalog import device_names
+from ptsim.hardware.nccl_log.wrappers import unwrapped
 from ptsim.textfile import decode_json, decode_text, read_bytes, unpacked
 
 _MARK = ":::MLLOG"
 _OLDEST = ":::MLPv0.5"
 _OLD = re.compile(r":::MLL (\d{1,12}(?:\.\d{1,9})?) (\w{1,80}) ?:\s*\{")
+_KEPT = re.compile(r':::ML[^{"]{0,100}\{\\"')  # a line in the JSON of Docker or of a collector of logs
 _WHOLE = 0.7  # of the others' time that an epoch takes at least, if reaching the target did not break it off
 _TOLD = 0.01  # of an epoch's time that is training, unless its evaluation is marked from the beginning
 _MARKED = 0.9  # of the time up to an evaluation must lie inside the epochs' own marks
@@ -111,6 +113,8 @@ def read_mllog(path: str | Path) -> MlperfRun:
     """
     path = Path(path)
     text = decode_text(unpacked(path, read_bytes(path)))
+    if _KEPT.search(text):
+        text = unwrapped(text)
     lines = _lines(path, text)
     values = _values(path, lines)
     if _NO_IMAGES.match(benchmark := _text(values.get("submission_benchmark")) or ""):

@@ -158,6 +158,13 @@ def test_lines_of_version_0_6_say_the_same_in_another_form(tmp_path: Path) -> No
     assert read_mllog(tmp_path / "old.txt") == read_mllog(new)
 
 
+def test_a_log_that_docker_keeps_as_json_is_read(tmp_path: Path) -> None:
+    lines = mllog(tmp_path / "log").read_text().splitlines(keepends=True)
+    kept = tmp_path / "kept.log"
+    kept.write_text("\n".join(json.dumps({"log": line, "stream": "stdout"}) for line in lines))
+    assert read_mllog(kept) == read_mllog(tmp_path / "log")
+
+
 @pytest.mark.parametrize(
     "benchmark",
     ["bert", "GNMT", "transformer", "rnnt", "dlrm", "dlrm_dcnv2", "minigo", "gpt3", "llama2_70b_lora", "llama31_405b",
