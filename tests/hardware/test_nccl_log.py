@@ -112,6 +112,14 @@ def test_sizes_that_start_again_under_the_same_names_are_a_second_run(tmp_path: 
         read_nccl_logs(path)
 
 
+def test_a_table_that_another_runs_goes_on_is_of_different_numbers_of_gpus(tmp_path: Path) -> None:
+    """As two files put together, the first of which broke off: 2 GPUs, and 4, whose bus bandwidth is 1.5 times 1.05."""
+    four = "".join(PAGED[2:]).replace("1.05 1.05", "1.05 1.58")
+    path = write(tmp_path, NAMES[1] + "".join(PAGED[:2]) + NAMES[1] + four + TAIL)
+    with pytest.raises(FileFormatError, match="has rows whose bandwidths are of different numbers of GPUs"):
+        read_nccl_logs(path)
+
+
 @pytest.mark.parametrize("between", ["mpirun -np 2 ./x\n", "# Collective test starting: all_reduce_perf\n"])
 def test_names_of_columns_behind_a_line_that_starts_a_run_are_not_of_the_same_table(
     tmp_path: Path, between: str

@@ -522,6 +522,15 @@ def test_a_list_of_ranks_whose_end_is_missing_is_noticed_where_the_log_tells(tmp
     assert caught.value.hint == "keep all lines '# Rank …' of the run"
 
 
+def test_slow_rows_that_begin_again_with_other_gpus_are_no_cycle(tmp_path: Path) -> None:
+    """0.50 · 1 and 0.50 · 1.5 GB/s: 2 GPUs, and 4."""
+    row = "1048576 262144 float sum -1 2097.2 0.50 {} 0\n"
+    head = "mpirun -np 2 ./all_reduce_perf -N 2\n"
+    assert len(read_nccl_logs(write(tmp_path, head + 2 * row.format("0.50") + TAIL))) == 2
+    with pytest.raises(FileFormatError, match="its rows begin again, of another number of GPUs than 2"):
+        read_nccl_logs(write(tmp_path, head + row.format("0.50") + row.format("0.75") + TAIL))
+
+
 def test_what_nccl_counts_in_a_later_run_is_of_that_run(tmp_path: Path) -> None:
     """And leaves it the line that launched both."""
     head, init = (

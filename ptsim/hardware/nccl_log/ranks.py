@@ -17,8 +17,8 @@ _KEEP = "keep the lines '# Rank …' that nccl-tests prints first"
 _KEEP_ALL = "keep all lines '# Rank …' of the run"
 
 
-def gpus_and_nodes(path: Path, section: Section) -> tuple[int, int | None]:
-    """(GPUs, nodes) of the run; the nodes are None where nothing tells.
+def gpus_and_nodes(path: Path, section: Section, rows: list[Row]) -> tuple[int, int | None]:
+    """(GPUs, nodes) of the run, `rows` of which are those of one cycle; the nodes are None where nothing tells.
 
     Without a device list the GPUs follow from busbw / algbw = 2(n-1)/n, or of slow links from what NCCL or the line
     that launched the run names.
@@ -27,7 +27,7 @@ def gpus_and_nodes(path: Path, section: Section) -> tuple[int, int | None]:
         FileFormatError: a single GPU, GPUs in groups, a list that something else in the log contradicts, or a number of
             GPUs that nothing tells.
     """
-    row = max(section.rows, key=lambda row: row.times.algbw)
+    row = max(rows, key=lambda row: row.times.algbw)
     algbw, busbw = row.times.algbw, row.times.busbw
     implied = implied_ranks(algbw, busbw)
     listed = section.num_gpus or len(section.ranks)
@@ -37,7 +37,7 @@ def gpus_and_nodes(path: Path, section: Section) -> tuple[int, int | None]:
             f"holds all-reduces in {len(section.groups)} groups of GPUs at the same time, expected one over all",
             line=section.line,
         )
-    if (listed == 1 and algbw < 1 and fits(section.rows, 1)) or (listed < 2 and implied == 1):
+    if (listed == 1 and algbw < 1 and fits(rows, 1)) or (listed < 2 and implied == 1):
         raise FileFormatError(
             path,
             "is the run of a single GPU, in which nothing is reduced",
@@ -67,11 +67,11 @@ def gpus_and_nodes(path: Path, section: Section) -> tuple[int, int | None]:
             hint=f"{_KEEP_ALL}, or none of them",
         )
     if section.ranks:
-        _check_list(path, section, listed, whole, row.line)
+        _check_list(path, section, rows, listed, whole)
     named = {num for num, _ in told_gpus(section, 0)}
     if not listed and algbw >= 1 and 2 - busbw / algbw > 2 / _MOST_TOLD:
-        implied = _fitting(path, section.rows, row, named)
-    elif not listed and len(named) == 1 and fits(section.rows, min(named)):
+        implied = _fitting(path, rows, row, named)
+    elif not listed and len(named) == 1 and fits(rows, min(named)):
         implied = min(named)
     num = listed or implied
     if num is None:
@@ -84,7 +84,7 @@ def gpus_and_nodes(path: Path, section: Section) -> tuple[int, int | None]:
     return num, nodes if nodes is None or nodes >= hosts else None  # a line that launched something else
 
 
-def _check_list(path: Path, section: Section, listed: int, whole: bool, line: int) -> None:
+def _check_list(path: Path, section: Section, rows: list[Row], listed: int, whole: bool) -> None:
     """Refuse a list of ranks whose end is missing, as far as anything else in the log tells.
 
     A bandwidth of less than 1 GB/s, of which two digits are printed, fits several numbers. Where nothing tells and
@@ -93,7 +93,7 @@ def _check_list(path: Path, section: Section, listed: int, whole: bool, line: in
     Raises:
         FileFormatError: says what tells of more ranks.
     """
-    rows, each = section.rows, gpus_per_process(section)
+    each = gpus_per_process(section)
     hosts = Counter(host for _, (host, _) in sorted(section.ranks.items()))
     most = max(hosts.values())
     told = dict(told_gpus(section, len(hosts)))
@@ -110,7 +110,7 @@ def _check_list(path: Path, section: Section, listed: int, whole: bool, line: in
     ):
         why = why or f"the line that launched it names {nodes} nodes"
     if why is not None:
-        raise FileFormatError(path, f"lists {listed} of its ranks, but {why}", line=line, hint=_KEEP_ALL)
+        raise FileFormatError(path, f"lists {listed} of its ranks, but {why}", line=section.line, hint=_KEEP_ALL)
     *others, last = hosts.values()
     if whole and (min(others, default=most) < most or (last < most and listed not in told)):
         warnings.warn(
@@ -123,8 +123,6 @@ def _check_list(path: Path, section: Section, listed: int, whole: bool, line: in
 def _fitting(path: Path, rows: list[Row], best: Row, named: set[int]) -> int:
     """The number of GPUs that all bandwidths allow, or of several the one that the log names.
 
-    Where they allow none, as people have rounded them, or a row is not of the run, the best row's tell.
-
     Raises:
         FileFormatError: they allow several, or none.
     """
@@ -132,7 +130,10 @@ def _fitting(path: Path, rows: list[Row], best: Row, named: set[int]) -> int:
     near = round(2 / (2 - ratio))
     possible = range(max(2, near // 2), 2 * near + 1)
     found = [num for num in possible if fits(rows, num)]
-    found = found or [num for num in possible if agrees(num, best.times.algbw, best.times.busbw)]
+    found = found or [num for num in possible if fits(rows, num, by_hand=True)]
+    if not found and any(agrees(num, best.times.algbw, best.times.busbw) for num in possible):
+        problem = "has rows whose bandwidths are of different numbers of GPUs, or a damaged one"
+        raise FileFormatError(path, problem, line=best.line, hint="keep the rows of one run")
     if not found:
         problem = f"has a bus bandwidth of {ratio:.4g} times the algorithm bandwidth, which no all-reduce has"
         raise FileFormatError(path, problem, line=best.line)

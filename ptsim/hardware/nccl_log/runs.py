@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from ptsim.errors import FileFormatError
-from ptsim.hardware.nccl_log.bandwidths import ROUNDED, agrees, rounded_by_hand
+from ptsim.hardware.nccl_log.bandwidths import ROUNDED, fits, rounded_by_hand
 from ptsim.hardware.nccl_log.ranks import gpus_and_nodes, hosts_may_share
 from ptsim.hardware.nccl_log.record import NcclLog, NcclMeasurement, of_one_kind
 from ptsim.hardware.nccl_log.section import ELEMENT_BYTES, Row, Section, Times
@@ -35,10 +35,9 @@ def logs_of(path: Path, section: Section) -> list[NcclLog]:
     _warn_of_settings(path, section)
     cycles = _cycles(path, section.rows)
     _check_section(path, section)
-    num_gpus, num_nodes = gpus_and_nodes(path, section)
+    num_gpus, num_nodes = gpus_and_nodes(path, section, cycles[0])
     for cycle in cycles[1:]:
-        best = max(cycle, key=lambda row: row.times.algbw)
-        if best.times.algbw >= 1 and not agrees(num_gpus, best.times.algbw, best.times.busbw):
+        if not fits(cycle, num_gpus, by_hand=True):
             problem = f"its rows begin again, of another number of GPUs than {num_gpus}"
             hint = "keep the lines with the names of the columns above each run's rows"
             raise FileFormatError(path, problem, line=cycle[0].line, hint=hint)
