@@ -262,7 +262,7 @@ def _decode(path: Path) -> _RawFile:
     try:
         found = _decoded(path, content)
     except FileFormatError as error:
-        if b'"ph"' not in content:
+        if b'"ph"' not in content or "truncated" in str(error.__cause__):  # the most frequent fault of large files
             raise
         try:
             found = _decoded(path, _mended(content))
