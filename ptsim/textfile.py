@@ -33,6 +33,7 @@ LARGEST_INTEGER = 2**63 - 1  # TOML's own bound
 _GZIP = b"\x1f\x8b"
 _OTHER = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # how they begin
 _TAR = slice(257, 262), b"ustar"
+_WIDE = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 
 T = TypeVar("T")
 
@@ -89,9 +90,12 @@ def unpacked(path: str | Path, content: bytes, *, most: int = MOST_BYTES) -> byt
     """What a gzip file holds, at most `most` bytes; of any other file its content.
 
     Raises:
-        FileFormatError: the gzip file is broken, ends too early or holds more, or the file is another kind of archive.
+        FileFormatError: the gzip file is broken, ends too early, holds more or another one, or the file is another
+            kind of archive.
     """
     plain = _unzipped(path, content, most) if content.startswith(_GZIP) else content
+    if plain.startswith(_GZIP):
+        raise FileFormatError(path, "is a gzip file inside a gzip file", hint="unpack it first")
     kind = next((kind for begin, kind in _OTHER.items() if plain.startswith(begin)), None)
     if kind or plain[_TAR[0]] == _TAR[1]:
         raise FileFormatError(
@@ -123,7 +127,7 @@ def decode_text(content: bytes) -> str:
 
     A byte order mark is skipped; what is not text becomes U+FFFD.
     """
-    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    wide = content.startswith(_WIDE)
     return content.decode("utf-16" if wide else "utf-8-sig", errors="replace")
 
 
@@ -217,7 +221,7 @@ def decode_json(
 
     Args:
         path: named in errors.
-        content: the document.
+        content: the document; bytes may begin with a byte order mark, as of a log.
         decoder: of the type that it must have.
         line: where in the file it stands, if that is one line of many.
         what: what it should be, with its article, for the error.
@@ -226,6 +230,8 @@ def decode_json(
         FileFormatError: it is not such a document; says what was found and expected, and where.
     """
     prefix = f"not {what}: " if what else ""
+    if isinstance(content, bytes) and content.startswith((codecs.BOM_UTF8, *_WIDE)):
+        content = decode_text(content)
     try:
         return decoder.decode(content)
     except RecursionError as error:

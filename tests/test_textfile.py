@@ -193,6 +193,11 @@ def test_other_archives_are_named(tmp_path):
         assert caught.value.hint == "unpack it first"
 
 
+def test_a_gzip_file_inside_a_gzip_file_is_named() -> None:
+    with pytest.raises(FileFormatError, match="is a gzip file inside a gzip file"):
+        unpacked("x", gzip.compress(gzip.compress(b"a")))
+
+
 def test_a_name_of_as_many_bytes_as_a_folder_takes_is_written(tmp_path):
     file = tmp_path / ("\N{CJK UNIFIED IDEOGRAPH-7DB2}" * 83 + ".toml")  # 254 bytes
     write_whole(file, "a = 1")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from ptsim.answers.predict import PredictOptions, predict
+from ptsim.answers.predict import Prediction, PredictOptions, predict
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import device_names, load_cluster
 from ptsim.hardware.spec import Cluster
@@ -18,6 +18,12 @@ from ptsim.setting import PrecisionName
 
 _SUBMISSIONS = "eager PyTorch is predicted; submissions often use fused kernels and other frameworks"
 MODELS = {"resnet": "torchvision:resnet50"}  # MLPerf benchmark → what it trains
+
+_SIDES = {"resnet": (224,), "ssd": (300, 800), "retinanet": (800,)}  # pixels of MLPerf's square images
+_OTHER_SHAPES = {  # likewise; source: github.com/mlcommons/training, the README of each benchmark
+    "maskrcnn": "images whose shorter side has 800 pixels",
+    "unet3d": "volumes of 128 × 128 × 128 voxels",
+}
 
 
 class MllogCheck(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,9 +95,11 @@ def validate_mllog(
     batch = run.global_batch // count
     expected = predict(chosen, batch=batch, precision=precision, cluster=cluster, gpus=count, options=trained)
     measured_s, used = run.step_seconds, expected.mfu_fraction
-    notes = [note for note in (run.note, _other_gpus(run, where)) if note]
+    notes = [note for note in (run.note, _other_gpus(run, where), _other_images(run, expected)) if note]
     if run.optimizer not in (None, optimizer):
         notes.append(f"the run's optimizer is {run.optimizer}; the update of {optimizer} is predicted")
+    if run.num_epochs == 1:
+        notes.append("the log has the time of one epoch only, whose first steps may be slower than those of others")
     if run.passes > 1:
         notes.append(f"the run added up gradients of {run.passes} passes; one of the whole mini-batch is predicted")
     return MllogCheck(
@@ -128,6 +136,19 @@ def _network(run: MlperfRun, path: str | Path) -> str:
             f"{path} is of the benchmark {run.benchmark!r}, whose network is not known", hint="name it with --model"
         )
     return MODELS[run.benchmark]
+
+
+def _other_images(run: MlperfRun, expected: Prediction) -> str | None:
+    """What must be known where the model that was named does not take the images that the benchmark trains on."""
+    _, height, width = expected.input_shape
+    sides = _SIDES.get(run.benchmark or "", ())
+    if height == width and height in sides:
+        return None
+    trained = f"images of {' or '.join(f'{side} × {side}' for side in sides)} pixels" if sides else None
+    trained = trained or _OTHER_SHAPES.get(run.benchmark or "")
+    if trained is None:
+        return None
+    return f"MLPerf's {run.benchmark} trains on {trained}, {expected.model} on images of {height} × {width}"
 
 
 def _other_gpus(run: MlperfRun, cluster: Cluster) -> str | None:

@@ -1,6 +1,7 @@
 """What a file of `torch.profiler` says: its events, which operator runs inside which, and which kernels it launched.
 
-The format is Chrome's trace JSON as PyTorch's Kineto library writes it. Times in the file are microseconds, until 2024
+The format is Chrome's trace JSON as PyTorch's Kineto library writes it; a bare list of the events, as tools that take
+some of them out leave it, names neither device nor ranks. Times in the file are microseconds, until 2024
 those since 1970; here they are seconds since the first event, because a float counts seconds since 1970 in steps of
 0.24 µs. Only complete events ("ph": "X") count; one of a negative duration was cut off by the profiler and takes no
 time. Operators nest by time on their own thread. A kernel belongs to the operator in which its thread called CUDA to
@@ -22,13 +23,19 @@ from typing import Annotated, Any
 import msgspec
 
 from ptsim.errors import FileFormatError
-from ptsim.textfile import decode_json, read_bytes, unpacked
+from ptsim.textfile import decode_json, decode_text, read_bytes, unpacked
 
 _MOST_BYTES = 2**31  # of a file, and of what it unpacks to: minutes of a GPU
 _LATEST_US, _LONGEST_US = 1e16, 1e12  # of an event's begin (later a float tells no microseconds) and of its duration
 _MOST_LEVELS = 500  # of operators inside each other
 _MOST_RANKS = 10**6
 Span = tuple[float, float]  # seconds: begin, end
+# what is no JSON in the files of some versions
+_CONTROL = re.compile(r"[\x00-\x1f]")
+_ESCAPE = re.compile(r"\\([\"\\/bfnrt]|u[0-9a-fA-F]{4})?")
+_NAME = re.compile(r'("cat": "[^"]*", "name": ")(.*?)(", "pid": )')
+_QUOTE = re.compile(r'(?<!\\)"')
+_NO_NUMBER = re.compile(r"(:\s*)-?(?:nan|inf)\b(?=\s*[,}\]])", re.IGNORECASE)
 
 # PyTorch before 1.12 wrote the names on the left of the first five; the others are other vendors' calls.
 _CATEGORIES = {
@@ -167,7 +174,7 @@ class _RawFile(msgspec.Struct):
     host_name: str | None = None
 
 
-_DECODER = msgspec.json.Decoder(_RawFile)
+_DECODER: msgspec.json.Decoder[_RawFile | list[_Raw]] = msgspec.json.Decoder(_RawFile | list[_Raw])
 
 
 def read_recording(path: str | Path) -> Recording:
@@ -250,7 +257,35 @@ def outside(spans: Sequence[Span], others: Sequence[Span]) -> float:
 
 def _decode(path: Path) -> _RawFile:
     content = unpacked(path, read_bytes(path, most=_MOST_BYTES), most=_MOST_BYTES)
+    if not content.strip():
+        raise FileFormatError(path, "is empty, expected a file that torch.profiler wrote")
+    try:
+        found = _decoded(path, content)
+    except FileFormatError as error:
+        if b'"ph"' not in content or "truncated" in str(error.__cause__):  # the most frequent fault of large files
+            raise
+        try:
+            found = _decoded(path, _mended(content))
+        except FileFormatError:
+            raise error from None
+    return _RawFile(traceEvents=found) if isinstance(found, list) else found
+
+
+def _decoded(path: Path, content: bytes | str) -> _RawFile | list[_Raw]:
     return decode_json(path, content, _DECODER, what="a profile of torch.profiler")
+
+
+def _mended(content: bytes) -> str:
+    """The document as JSON: Kineto copies names and numbers into it as they are.
+
+    So there are paths of Windows with single backslashes, names with quotes, line ends or bytes of no character, and
+    bandwidths of `inf`. Source: github.com/pytorch/kineto, issues 80, 105 and 336 and pull request 1459;
+    github.com/pytorch/pytorch, issue 130622.
+    """
+    text = _CONTROL.sub(" ", decode_text(content))
+    text = _ESCAPE.sub(lambda found: found[0] if found[1] else r"\\", text)
+    text = _NAME.sub(lambda found: found[1] + _QUOTE.sub(r"\"", found[2]) + found[3], text)
+    return _NO_NUMBER.sub(r"\1null", text)
 
 
 def _times_us(path: Path, raw: _Raw) -> tuple[float, float]:

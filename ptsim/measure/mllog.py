@@ -21,11 +21,13 @@ import msgspec
 
 from ptsim.errors import FileFormatError
 from ptsim.hardware.catalog import device_names
+from ptsim.hardware.nccl_log.wrappers import unwrapped
 from ptsim.textfile import decode_json, decode_text, read_bytes, unpacked
 
 _MARK = ":::MLLOG"
 _OLDEST = ":::MLPv0.5"
 _OLD = re.compile(r":::MLL (\d{1,12}(?:\.\d{1,9})?) (\w{1,80}) ?:\s*\{")
+_KEPT = re.compile(r':::ML[^{"]{0,100}\{\\"')  # a line in the JSON of Docker or of a collector of logs
 _WHOLE = 0.7  # of the others' time that an epoch takes at least, if reaching the target did not break it off
 _TOLD = 0.01  # of an epoch's time that is training, unless its evaluation is marked from the beginning
 _MARKED = 0.9  # of the time up to an evaluation must lie inside the epochs' own marks
@@ -41,6 +43,10 @@ _IMAGES = {  # of a benchmark's data set: ImageNet; COCO, before 2.0 and with al
     "maskrcnn": (117_266, 118_287),
     "unet3d": (168,),
 }
+_NO_IMAGES = re.compile(  # what the other benchmarks of MLPerf Training and HPC are called, and later ones of the kind
+    r"bert|gnmt|transformer|translation|rnn|ncf|dlrm|recommendation|minigo|reinforcement|gnn|rgat|oc20|open_?catalyst|"
+    r"open_?fold|stable_diffusion|flux|\w*(?:gpt|llama|deepseek|mixtral|moe|lora|llm)"
+)
 _NEAR = 0.01  # by which a log's number of images may be off, for whole mini-batches
 
 
@@ -61,7 +67,7 @@ class MlperfRun(msgspec.Struct, frozen=True, kw_only=True):
         epoch_seconds: median of an epoch's training, without evaluation; the first epoch is left out where there are
             others. From marks that wait for the accelerators, where an epoch's own do not.
         num_epochs: that were timed.
-        note: what was assumed of the number of images; None where the log says what the benchmark's data set has.
+        note: what was assumed of the number of images; None where the log says what its benchmark's data set has.
     """
 
     benchmark: str | None
@@ -102,13 +108,18 @@ def read_mllog(path: str | Path) -> MlperfRun:
 
     Raises:
         FileFormatError: the file cannot be read, holds no such line or a broken one, or lacks the global mini-batch,
-            the number of training samples or a whole epoch, has fewer samples than a mini-batch, or is of several runs
-            with different settings.
+            the number of training samples or a whole epoch, has fewer samples than a mini-batch, is of several runs
+            with different settings, or of a benchmark that trains no CNN on images.
     """
     path = Path(path)
     text = decode_text(unpacked(path, read_bytes(path)))
+    if _KEPT.search(text):
+        text = unwrapped(text)
     lines = _lines(path, text)
     values = _values(path, lines)
+    if _NO_IMAGES.match(benchmark := _text(values.get("submission_benchmark")) or ""):
+        problem = f"is of the benchmark {benchmark}, whose samples are not the images of a CNN"
+        raise FileFormatError(path, f"{problem}; expected one of {', '.join(_IMAGES)}")
     global_batch = _count(path, values, "global_batch_size")
     samples, note = _samples(path, values, global_batch, old=_OLD.search(text) is not None)
     epochs = _epochs(lines, samples)
@@ -187,7 +198,9 @@ def _samples(path: Path, values: dict[str, Any], global_batch: int, *, old: bool
         said = f"its log does not say of how many images: {known[0]} are taken"
         return known[0], None if len(known) == 1 else said
     count = _count(path, values, named)
-    if named == keys[0] or not benchmark or any(abs(count / images - 1) <= _NEAR for images in known):
+    if not benchmark:
+        return count, f"its log does not name the benchmark: its {named}, {count}, is taken for a number of images"
+    if named == keys[0] or any(abs(count / images - 1) <= _NEAR for images in known):
         return count, None
     if not known:
         return count, f"how many images MLPerf's {benchmark} has is not known here: its {named}, {count}, is taken"

@@ -76,6 +76,43 @@ def test_gradients_that_accumulate_are_noted_and_a_pass_does_not_tell_the_number
     assert not any("added up" in note for note in once.notes)
 
 
+@pytest.mark.parametrize(
+    ("benchmark", "trained"),
+    [
+        ("resnet", "images of 224 × 224 pixels"),
+        ("ssd", "images of 300 × 300 or 800 × 800 pixels"),
+        ("retinanet", "images of 800 × 800 pixels"),
+        ("maskrcnn", "images whose shorter side has 800 pixels"),
+        ("unet3d", "volumes of 128 × 128 × 128 voxels"),
+        ("mine", None),
+        (None, None),
+    ],
+)
+def test_a_model_for_other_images_than_the_benchmarks_is_noted(
+    tmp_path: Path, network: Network, benchmark: str | None, trained: str | None
+) -> None:
+    """The network of these tests takes 32 × 32."""
+    check = validate_mllog(mllog(tmp_path / "log", submission_benchmark=benchmark), cluster="dgx-a100", model=network)
+    said = [note for note in check.notes if " trains on " in note]
+    expected = f"MLPerf's {benchmark} trains on {trained}, {check.model} on images of 32 × 32"
+    assert said == ([expected] if trained else [])
+
+
+@pytest.mark.slow
+def test_the_benchmarks_own_network_has_its_images(tmp_path: Path) -> None:
+    check = validate_mllog(mllog(tmp_path / "log"), cluster="dgx-a100")
+    assert not any(" trains on " in note for note in check.notes)
+
+
+def test_a_single_epoch_is_noted(tmp_path: Path, network: Network) -> None:
+    whole = mllog(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    cut.write_text("\n".join(whole.read_text().splitlines()[:8]))  # up to the first epoch_stop
+    for log, noted in ((whole, False), (cut, True)):
+        check = validate_mllog(log, cluster="dgx-a100", model=network)
+        assert any("time of one epoch only" in note for note in check.notes) == noted
+
+
 def test_another_optimizer_is_noted(tmp_path: Path, network: Network) -> None:
     check = validate_mllog(mllog(tmp_path / "log", opt_name="lars"), cluster="dgx-a100", model=network)
     assert any("lars" in note for note in check.notes)
@@ -88,7 +125,7 @@ def test_another_optimizer_is_noted(tmp_path: Path, network: Network) -> None:
         ({"train_samples": "many"}, FileFormatError, "train_samples"),
         ({"gradient_accumulation_steps": 0}, FileFormatError, "gradient_accumulation_steps is 0"),
         ({"submission_platform": "a machine"}, UsageError, "how many GPUs"),
-        ({"submission_benchmark": "bert"}, UsageError, "bert"),
+        ({"submission_benchmark": "ssd"}, UsageError, "ssd"),
         ({"global_batch_size": 1601}, UsageError, "evenly"),
     ],
 )

@@ -87,6 +87,48 @@ def test_in_place_only_and_time_stamps_are_read(tmp_path: Path) -> None:
     assert log.measurements[0].seconds == pytest.approx(10e-6)
 
 
+NAMES = NEW_HEAD.splitlines(keepends=True)[-3:]  # of the columns, in three lines
+PAGED = [f"{4**i * 2**20} {4**i * 2**18} float sum -1" + 2 * f" {4**i * 1e3:.1f} 1.05 1.05 0" + "\n" for i in range(4)]
+
+
+@pytest.mark.parametrize("names", [NAMES, NAMES[1:2]])
+@pytest.mark.parametrize("page", [1, 3])
+def test_names_of_columns_that_every_page_repeats_are_of_one_table(tmp_path: Path, page: int, names: list[str]) -> None:
+    rows = "".join(row if i % page else "".join(names) + row for i, row in enumerate(PAGED))
+    log = read_nccl_log(write(tmp_path, "".join(NEW_HEAD.splitlines(keepends=True)[:-3]) + rows + TAIL))
+    assert [m.size_bytes for m in log.measurements] == [2**20, 2**22, 2**24, 2**26]
+    assert log.num_gpus == 2
+
+
+@pytest.mark.parametrize("names", [NAMES, NAMES[1:2]])
+def test_sizes_that_start_again_under_the_same_names_are_a_second_run(tmp_path: Path, names: list[str]) -> None:
+    """Of which the first needs an end of its own: here its header's."""
+    head = NEW_HEAD.replace("maxBytes 4194304 step: 64", f"maxBytes {2**26} step: 4")
+    rows = "".join(PAGED)
+    path = write(tmp_path, head + rows + "".join(names) + rows + TAIL)
+    assert [len(log.measurements) for log in read_nccl_logs(path)] == [4, 4]
+    path = write(tmp_path, head + "".join(PAGED[:3]) + "".join(names) + rows + TAIL)
+    with pytest.raises(FileFormatError, match="ends after 16777216 of 67108864 bytes"):
+        read_nccl_logs(path)
+
+
+def test_a_table_that_another_runs_goes_on_is_of_different_numbers_of_gpus(tmp_path: Path) -> None:
+    """As two files put together, the first of which broke off: 2 GPUs, and 4, whose bus bandwidth is 1.5 times 1.05."""
+    four = "".join(PAGED[2:]).replace("1.05 1.05", "1.05 1.58")
+    path = write(tmp_path, NAMES[1] + "".join(PAGED[:2]) + NAMES[1] + four + TAIL)
+    with pytest.raises(FileFormatError, match="has rows whose bandwidths are of different numbers of GPUs"):
+        read_nccl_logs(path)
+
+
+@pytest.mark.parametrize("between", ["mpirun -np 2 ./x\n", "# Collective test starting: all_reduce_perf\n"])
+def test_names_of_columns_behind_a_line_that_starts_a_run_are_not_of_the_same_table(
+    tmp_path: Path, between: str
+) -> None:
+    text = NEW_HEAD + "".join(PAGED[:2]) + between + "".join(NAMES) + "".join(PAGED[2:]) + TAIL
+    with pytest.raises(FileFormatError, match="ends after 4194304 of 67108864 bytes"):
+        read_nccl_logs(write(tmp_path, text.replace("maxBytes 4194304 step: 64", f"maxBytes {2**26} step: 4")))
+
+
 def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path) -> None:
     text = "\ufeff" + (OLD_HEAD + OLD_ROWS + TAIL).replace("\n", "\r\n")
     assert len(read_nccl_log(write(tmp_path, text)).measurements) == 3

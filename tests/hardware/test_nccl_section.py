@@ -158,6 +158,12 @@ def test_two_printed_digits_tell_the_number_of_gpus_only_where_one_number_fits_a
     assert read_nccl_log(write(tmp_path, told)).num_gpus == 16
     fast = rates((100.0, 196.88), (100.0, 196.88))  # 64 GPUs: 63 would give 196.83
     assert read_nccl_log(write(tmp_path, fast)).num_gpus == 64
+    many = rates((200.0, 396.88), (200.0, 396.88))  # 128 GPUs: 127 would give 396.85
+    assert read_nccl_log(write(tmp_path, many)).num_gpus == 128
+    with pytest.raises(FileFormatError, match="its bandwidths fit 870 to 1176 GPUs"):
+        read_nccl_log(write(tmp_path, rates((50.0, 99.9), (50.0, 99.9))))  # 2 / (0.1 ± 0.015) · 50
+    with pytest.raises(FileFormatError, match="number of GPUs is unknown"):
+        read_nccl_log(write(tmp_path, rates((50.0, 100.0), (50.0, 100.0))))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +200,8 @@ EIGHT = "33554432 8388608 float sum -1 274.2 122.36 214.13 0 276.4 121.38 212.42
     [
         ("mpirun -np 2 -npernode 1 ./x", (1, 4), 2),  # a process of four GPUs on each node
         ("mpirun -np 2 -npernode 1 ./x", (2, 2), 2),
+        ("mpirun -np 2 -npernode 1 -H a,b ./x", (1, 0), None),  # of which no run is
+        ("mpirun -np 2 -npernode 1 ./all_reduce_perf -g 4", None, 2),
         ("mpirun -np 4 -npernode 2 ./x", (1, 2), 2),
         ("mpirun -np 4 -npernode 3 ./x", (1, 2), None),  # six of eight GPUs
         ("mpirun -np 8 -npernode 4 -H a,b,c,d ./x", (1, 1), None),  # two nodes, or four
@@ -203,9 +211,11 @@ EIGHT = "33554432 8388608 float sum -1 274.2 122.36 214.13 0 276.4 121.38 212.42
     ],
 )
 def test_processes_of_several_gpus_count_with_all_of_them(
-    tmp_path: Path, launch: str, process: tuple[int, int], nodes: int | None
+    tmp_path: Path, launch: str, process: tuple[int, int] | None, nodes: int | None
 ) -> None:
-    head = f"{launch}\n# nThread {process[0]} nGpus {process[1]} minBytes 8 maxBytes 33554432 step: 2(factor)\n"
+    head = f"{launch}\n"
+    if process:
+        head += f"# nThread {process[0]} nGpus {process[1]} minBytes 8 maxBytes 33554432 step: 2(factor)\n"
     (log,) = read_nccl_logs(write(tmp_path, head + EIGHT + TAIL))
     assert (log.num_gpus, log.num_nodes) == (8, nodes)
 
@@ -239,6 +249,15 @@ SENDRECV = FAST.replace("0\n", "N/A\n")  # results in place are those of no send
 SLOW = FAST.replace("419.4   10.00   10.00", "8388.6    0.50    0.50")
 SCATTER = SLOW.replace("1048576", " 524288").replace("0.50       0", "0.25       0")  # each of two gets half
 GATHER = SLOW.replace(" sum", "none")
+
+
+def test_a_line_that_names_fewer_nodes_than_a_shortened_list_tells_nothing(tmp_path: Path) -> None:
+    """As a guide that tries one GPU of a node first."""
+    ranks = listed("n0 0 0000:0b:00", "n0 1 0000:1b:00", "n1 0 0000:0b:00", "n1 1 0000:1b:00").splitlines(keepends=True)
+    for nodes, found in ((1, None), (2, 2)):
+        head = f"sbatch --nodes={nodes} --ntasks=4 ./x\n" + ranks[0] + ranks[3]
+        (log,) = read_nccl_logs(write(tmp_path, head + FOUR + TAIL))
+        assert (log.num_gpus, log.num_nodes) == (4, found)
 
 
 @pytest.mark.parametrize("called", ["", "mpirun -np 2 ./build/all_reduce_perf -g 1\n"])
@@ -328,7 +347,7 @@ def test_columns_alone_begin_a_second_run(tmp_path: Path) -> None:
 
 
 def test_a_time_that_is_not_the_one_of_its_bandwidth_is_refused(tmp_path: Path) -> None:
-    """Milliseconds without the line that says so; a row that lost a digit; 11 % off, and 9 %."""
+    """Milliseconds without the line that says so; a row that lost a digit or a point; 11 % off, and 9 %."""
     old = "1048576  262144  float  sum  0.210  4.99  4.99  N/A  0.210  4.99  4.99  N/A\n"
     with pytest.raises(FileFormatError, match=r"1048576 bytes in 0\.21 us are 4993 GB/s, but the row says 4\.99 GB/s"):
         read_nccl_log(write(tmp_path, old + TAIL))
@@ -340,6 +359,12 @@ def test_a_time_that_is_not_the_one_of_its_bandwidth_is_refused(tmp_path: Path) 
             with pytest.raises(FileFormatError, match="it is damaged") as caught:
                 read_nccl_log(path)
             assert caught.value.line == 4
+    slow = FAST.replace("4194304       1048576", "4096 1024").replace("10.00", "0.01")  # 4,096 bytes in 419.4 us
+    assert len(read_nccl_log(write(tmp_path, HEAD + slow + TAIL)).measurements) == 1
+    for time in ("4194", "41.94"):  # 0.001 and 0.10 GB/s
+        path = write(tmp_path, HEAD + slow.replace("419.4", time, 1).replace("0.01", "0.05", 1) + TAIL)
+        with pytest.raises(FileFormatError, match="it is damaged"):
+            read_nccl_log(path)
 
 
 def test_each_run_has_the_version_that_it_names_or_that_of_the_run_before(tmp_path: Path) -> None:
@@ -462,17 +487,139 @@ def test_slow_rows_whose_digits_do_not_tell_leave_the_list_as_it_is(tmp_path: Pa
     assert read_nccl_log(write(tmp_path, ranks + rows["1.88"] + TAIL)).num_gpus == 16
     with pytest.raises(FileFormatError, match="lists 16 of its ranks"):
         read_nccl_log(write(tmp_path, ranks + rows["1.91"] + TAIL))
-    slow = "1048576 262144 float sum -1 1100.0 0.95 0.95 0\n"  # below 1 GB/s nothing tells
-    assert read_nccl_log(write(tmp_path, ranks + slow + TAIL)).num_gpus == 16
+    slow = "1048576 262144 float sum -1 1100.0 0.95 {} 0\n"
+    assert read_nccl_log(write(tmp_path, ranks + slow.format(1.78) + TAIL)).num_gpus == 16  # as of 15 to 18
+    with pytest.raises(FileFormatError, match="lists 16 of its ranks, but its bandwidths are not those of 16 GPUs"):
+        read_nccl_log(write(tmp_path, ranks + slow.format(0.95) + TAIL))
     with pytest.raises(FileFormatError, match="single GPU"):
-        read_nccl_log(write(tmp_path, ranks.splitlines()[0] + "\n" + slow + TAIL))
+        read_nccl_log(write(tmp_path, ranks.splitlines()[0] + "\n" + slow.format("0.00") + TAIL))
+
+
+# Of 16 GPUs on two nodes over a slow link, in two digits as of 15 to 18: what a log says beside the end of its list.
+SLOW_16 = "1048576 262144 float sum -1 1100.0 0.95 1.78 0 1100.0 0.95 1.78 0\n"
+LISTED_16 = listed(*(f"n{i // 8} {i % 8} 0000:{i % 8}b:00" for i in range(16))).splitlines(keepends=True)
+HEADED = "# nThread 1 nGpus {} minBytes 1048576 maxBytes 1048576 step: 2(factor)\n"
+TELLS = {
+    "mpirun -np 16 ./all_reduce_perf -g 1\n": "starts 16 processes",
+    "mpirun -np 2 ./all_reduce_perf -b 8 -g 8\n": "starts 2 processes",
+    "mpirun -N 8 ./all_reduce_perf\n": "starts 8 processes on each node",
+    "srun -n 16 ./all_reduce_perf\n": "starts 16 processes",
+    "srun --mpi=pmix --ntasks=16 ./all_reduce_perf\n": "starts 16 processes",
+    "mpirun -np 2 ./all_reduce_perf\n" + HEADED.format(8): "starts 2 processes",
+    HEADED.format(8): "its processes have 8 GPUs each",
+    HEADED.format(2).replace("nThread 1", "nThread 4"): "its processes have 8 GPUs each",
+    "n1:9:9 [7] NCCL INFO comm 0x5 rank 15 nRanks 16 nNodes 2 localRanks 8 localRank 7 MNNVL 0\n": "NCCL counts 16",
+    "n0:9:9 [0] NCCL INFO comm 0x5 rank 0 nranks 16 cudaDev 0 busId 1b000 - Init COMPLETE\n": "NCCL counts 16",
+    "[1,15]<stderr>:n1: no such device mlx5_1\n": "16 processes wrote into it",
+}
+
+
+@pytest.mark.parametrize("says", TELLS)
+def test_a_list_of_ranks_whose_end_is_missing_is_noticed_where_the_log_tells(tmp_path: Path, says: str) -> None:
+    assert read_nccl_log(write(tmp_path, says + "".join(LISTED_16) + SLOW_16 + TAIL)).num_gpus == 16
+    with pytest.raises(FileFormatError, match=f"lists 15 of its ranks, but .*{TELLS[says]}") as caught:
+        read_nccl_log(write(tmp_path, says + "".join(LISTED_16[:15]) + SLOW_16 + TAIL))
+    assert caught.value.hint == "keep all lines '# Rank …' of the run"
+
+
+def test_slow_rows_that_begin_again_with_other_gpus_are_no_cycle(tmp_path: Path) -> None:
+    """0.50 · 1 and 0.50 · 1.5 GB/s: 2 GPUs, and 4."""
+    row = "1048576 262144 float sum -1 2097.2 0.50 {} 0\n"
+    head = "mpirun -np 2 ./all_reduce_perf -N 2\n"
+    assert len(read_nccl_logs(write(tmp_path, head + 2 * row.format("0.50") + TAIL))) == 2
+    with pytest.raises(FileFormatError, match="its rows begin again, of another number of GPUs than 2"):
+        read_nccl_logs(write(tmp_path, head + row.format("0.50") + row.format("0.75") + TAIL))
+
+
+def test_what_nccl_counts_in_a_later_run_is_of_that_run(tmp_path: Path) -> None:
+    """And leaves it the line that launched both."""
+    head, init = (
+        HEADED.format(1),
+        "n0:9:9 [0] NCCL INFO comm 0x5 rank 0 nranks 16 cudaDev 0 busId 1b000 - Init COMPLETE\n",
+    )
+    run, short = (head + init + "".join(LISTED_16[:num]) + SLOW_16 + TAIL for num in (16, 15))
+    unlisted = head + init + SLOW_16 + TAIL
+    launched = "mpirun -np 16 -npernode 8 ./all_reduce_perf\n"
+    logs = read_nccl_logs(write(tmp_path, launched + run + unlisted))
+    assert [(log.num_gpus, log.num_nodes) for log in logs] == [(16, 2), (16, 2)]
+    with pytest.raises(FileFormatError, match="lists 15 of its ranks, but NCCL counts 16"):
+        read_nccl_logs(write(tmp_path, run + short))
+
+
+def test_nodes_that_the_launcher_names_and_the_list_does_not_are_missing(tmp_path: Path) -> None:
+    """Of 8 or 9 GPUs: 0.50 · 1.75 = 0.875 and 0.50 · 1.778 = 0.889."""
+    row = SLOW_16.replace("1100.0 0.95 1.78", "2097.2 0.50 0.88")
+    ranks = "".join(LISTED_16[:8])
+    assert read_nccl_log(write(tmp_path, "srun -N 1 ./all_reduce_perf\n" + ranks + row + TAIL)).num_nodes == 1
+    with pytest.raises(FileFormatError, match="lists 8 of its ranks, but the line that launched it names 2 nodes"):
+        read_nccl_log(write(tmp_path, "srun -N 2 ./all_reduce_perf\n" + ranks + row + TAIL))
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "mpirun -np 24 ./all_reduce_perf\n",  # whose bus bandwidth would be 1.82
+        "srun -n 24 ./setup.sh\n",
+        "mpirun -np 15 ./all_reduce_perf\nmpirun -np 16 ./all_reduce_perf\n",  # the runs of a script
+        "n0:9:9 [0] NCCL INFO comm 0x5 rank 0 nranks 2 cudaDev 0 busId 1b000 - Init COMPLETE\n",
+    ],
+)
+def test_what_tells_of_other_runs_does_not_count_against_a_list(tmp_path: Path, says: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the last host
+        assert read_nccl_log(write(tmp_path, says + "".join(LISTED_16[:15]) + SLOW_16 + TAIL)).num_gpus == 15
+
+
+def test_a_last_host_with_fewer_ranks_than_another_is_told_where_nothing_else_tells(tmp_path: Path) -> None:
+    ranks = "".join(LISTED_16[:15])
+    with pytest.warns(
+        UserWarning, match="its hosts have 7 to 8 ranks each: if lines of the list are missing, there were"
+    ):
+        assert read_nccl_log(write(tmp_path, ranks + SLOW_16 + TAIL)).num_gpus == 15
+    launched = "mpirun -np 15 ./all_reduce_perf\n"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_nccl_log(write(tmp_path, launched + ranks + SLOW_16 + TAIL))
+    damaged = ranks.replace("on n0 device  3", "on n device  3")
+    with pytest.warns(UserWarning, match=r"its hosts have 1 to 7 ranks each.* if a name is damaged, fewer nodes"):
+        assert read_nccl_log(write(tmp_path, launched + damaged + SLOW_16 + TAIL)).num_nodes == 3
+
+
+def test_a_list_that_nccl_tests_cut_short_is_completed_by_the_gpus_of_each_process(tmp_path: Path) -> None:
+    """It keeps 2,048 characters of each process, which long names fill."""
+    cut = "#  Rank 14 Group  0 Pid     14 on n0-with-a-long-na...\n"
+    fast = SLOW_16.replace("1100.0 0.95 1.78", "10.0 104.86 196.61")
+    whole = listed(*(f"n0 {i} 0000:{i:x}b:00" for i in range(14)))
+    for name in (cut, cut.replace("on n0-with-a-long-na", "on n0 device 14 [0000:0b:00] NVIDIA H")):
+        path = write(tmp_path, HEADED.format(16) + whole + name + fast + TAIL)
+        (log,) = read_nccl_logs(path)
+        assert (log.num_gpus, log.num_nodes) == (16, 1)
+        path = write(tmp_path, HEADED.format(15) + whole + name + fast + TAIL)
+        with pytest.raises(FileFormatError, match="lists 15 of its ranks, but its bus bandwidth is"):
+            read_nccl_logs(path)
+
+
+def test_slow_rows_without_a_list_are_of_as_many_gpus_as_the_log_names_once(tmp_path: Path) -> None:
+    launched = "mpirun -np 16 -npernode 8 ./all_reduce_perf\n"
+    (log,) = read_nccl_logs(write(tmp_path, launched + SLOW_16 + TAIL))
+    assert (log.num_gpus, log.num_nodes) == (16, 2)
+    fast = SLOW_16.replace("1100.0 0.95 1.78", "1000.0 1.05 1.97")  # 15 to 18 as well
+    assert read_nccl_log(write(tmp_path, launched + fast + TAIL)).num_gpus == 16
+    for unknown in ("mpirun -npernode 8 ./all_reduce_perf\n", "mpirun -np 0 ./all_reduce_perf\n"):
+        with pytest.raises(FileFormatError, match="number of GPUs is unknown"):
+            read_nccl_log(write(tmp_path, unknown + SLOW_16 + TAIL))
+    with pytest.raises(FileFormatError, match="number of GPUs is unknown"):
+        read_nccl_log(write(tmp_path, launched.replace("16", "8") + SLOW_16 + TAIL))
+    with pytest.raises(FileFormatError, match="number of GPUs is unknown"):
+        read_nccl_log(write(tmp_path, launched + launched.replace("16", "17") + SLOW_16 + TAIL))
 
 
 @pytest.mark.parametrize(
     ("time_us", "fits"), [("0.001", True), ("0.0009", False), ("86400000000", True), ("86400000001", False)]
 )
 def test_an_all_reduce_takes_a_nanosecond_to_a_day(tmp_path: Path, time_us: str, fits: bool) -> None:
-    half = f"{time_us} 0.00 0.00 0"
+    rate = f"{0.008 / float(time_us):.2f}"
+    half = f"{time_us} {rate} {rate} 0"
     path = write(tmp_path, f"{HEAD}8 2 float sum -1 {half} {half}\n{TAIL}")
     if fits:
         assert read_nccl_log(path).measurements[0].seconds == pytest.approx(float(time_us) * 1e-6)

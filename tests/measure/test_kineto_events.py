@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,46 @@ def test_microseconds_are_read_as_numbers_and_as_text(tmp_path: Path) -> None:
     found = recording(tmp_path, event("cpu_op", "aten::add", 1_500_000, 250), event("cpu_op", "b", "2e6", "3"))
     assert [e.begin_s for e in found.host] == pytest.approx([0.0, 0.5])  # since the first event
     assert [e.seconds for e in found.host] == pytest.approx([250e-6, 3e-6])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])  # the last two write a byte order mark
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_bare_list_of_events_and_a_byte_order_mark_change_nothing(
+    tmp_path: Path, bare: bool, coding: str, packed: bool
+) -> None:
+    """Chrome's format has both; the list names no device."""
+    events = [event("cpu_op", "aten::add", 10, 5), event("kernel", "k", 20, 2, device=0)]
+    head = {"deviceProperties": [{"id": 0, "name": "GPU", "totalGlobalMem": 1}]}
+    content = json.dumps(events if bare else {**head, "traceEvents": events}).encode(coding)
+    path = tmp_path / "recorded.json"
+    path.write_bytes(gzip.compress(content) if packed else content)
+    found = read_recording(path)
+    assert ([e.name for e in found.host], [e.name for e in found.device_events]) == (["aten::add"], ["k"])
+    assert found.device == (None if bare else "GPU")
+
+
+UNWRITABLE = {  # as Kineto writes it → as it is read
+    rb"lib\cuda\utils\__init__.py(7): f": "lib\\cuda\\utils\\__init__.py(7): f",
+    rb"a\\b\"c": 'a\\b"c',
+    b'{"device": "cpu", "n": 1}(3): run': '{"device": "cpu", "n": 1}(3): run',
+    b"two\nlines": "two lines",
+    b"caf\xe9": "caf\ufffd",
+}
+
+
+@pytest.mark.parametrize("name", UNWRITABLE)
+def test_names_and_numbers_that_kineto_writes_and_json_does_not_know_are_read(tmp_path: Path, name: bytes) -> None:
+    path = tmp_path / "recorded.json"
+    path.write_bytes(
+        b'{"schemaVersion": 1,\n"traceEvents": [\n{"name": "process_name", "ph": "M", "ts": 1, "pid": 9},\n'
+        b'{"ph": "X", "cat": "user_annotation", "name": "' + name + b'", "pid": 9, "tid": 1,\n"ts": 10, "dur": 5,\n'
+        b'"args": {"bandwidth (GB/s)": inf, "other": -nan}},\n'
+        b'{"ph": "X", "cat": "cpu_op", "name": "aten::add", "pid": 9, "tid": 1, "ts": 11, "dur": 2, "args": {}}\n]}'
+    )
+    around, inside = read_recording(path).host
+    assert (around.name, inside.name, inside.parent) == (UNWRITABLE[name], "aten::add", around)
+    assert around.arguments == {"bandwidth (gb/s)": None, "other": None}
 
 
 def test_times_since_1970_are_as_exact_as_others(tmp_path: Path) -> None:

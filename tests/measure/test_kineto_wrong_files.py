@@ -22,7 +22,9 @@ from tests.measure.recordings import STRIDED_CONV, gpu_trace, write
     ("content", "said"),
     [
         (b"not json", "not a profile of torch.profiler"),
-        (b"[]", "not a profile of torch.profiler"),
+        (b" \n", "is empty"),
+        (b"[]", "holds no operator"),
+        (b"[1]", "not a profile of torch.profiler"),
         (b"[" * 5000, "not a profile of torch.profiler"),
         (b'{"traceEvents": []}', "holds no operator"),
         (b'{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "a", "ts": "soon", "dur": 1}]}', "not times"),

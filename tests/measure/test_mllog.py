@@ -158,6 +158,25 @@ def test_lines_of_version_0_6_say_the_same_in_another_form(tmp_path: Path) -> No
     assert read_mllog(tmp_path / "old.txt") == read_mllog(new)
 
 
+def test_a_log_that_docker_keeps_as_json_is_read(tmp_path: Path) -> None:
+    lines = mllog(tmp_path / "log").read_text().splitlines(keepends=True)
+    kept = tmp_path / "kept.log"
+    kept.write_text("\n".join(json.dumps({"log": line, "stream": "stdout"}) for line in lines))
+    assert read_mllog(kept) == read_mllog(tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    "benchmark",
+    ["bert", "GNMT", "transformer", "rnnt", "dlrm", "dlrm_dcnv2", "minigo", "gpt3", "llama2_70b_lora", "llama31_405b",
+     "gnn", "rgat", "stable_diffusion", "flux1", "deepseekv3_671b", "gpt_oss_20b"],
+)  # fmt: skip
+def test_a_log_of_language_or_ratings_is_no_cnns_whatever_else_it_lacks(tmp_path: Path, benchmark: str) -> None:
+    """Sequences, ratings and games are counted as samples, too."""
+    log = mllog(tmp_path / "log", submission_benchmark=benchmark, global_batch_size=None, train_samples=None)
+    with pytest.raises(FileFormatError, match=f"is of the benchmark {benchmark.lower()}, whose samples are not"):
+        read_mllog(log)
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -225,7 +244,13 @@ def test_the_images_of_an_epoch_are_the_logs_or_the_benchmarks(
         ("unet3d", {"train_samples": 168, "samples_per_epoch": 240}, 80, 240, None),  # filled up to 3 mini-batches
         ("retinanet", {"train_samples": 4572}, 256, 4572 * 256, "retinanet: mini-batches of 256"),  # since 5.0
         ("mine", {"train_samples": 4572}, 256, 4572, "MLPerf's mine has is not known here: its train_samples, 4572"),
-        (None, {"train_samples": 4572}, 256, 4572, None),
+        (
+            None,
+            {"train_samples": 4572},
+            256,
+            4572,
+            "does not name the benchmark: its train_samples, 4572, is taken for",
+        ),
     ],
 )
 def test_a_number_that_is_not_of_the_data_sets_images_is_noted(

@@ -8,7 +8,8 @@ import msgspec
 
 from ptsim.errors import FileFormatError
 from ptsim.hardware.nccl_log.record import NcclLog
-from ptsim.hardware.nccl_log.section import FORCED, Row, Section, Times, check_all_reduce, logs_of
+from ptsim.hardware.nccl_log.runs import check_all_reduce, logs_of
+from ptsim.hardware.nccl_log.section import FORCED, Row, Section, Times
 from ptsim.textfile import decode_json
 
 

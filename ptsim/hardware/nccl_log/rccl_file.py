@@ -18,8 +18,10 @@ from typing import Any
 import msgspec
 
 from ptsim.errors import FileFormatError
+from ptsim.hardware.nccl_log.bandwidths import bus_factor
 from ptsim.hardware.nccl_log.record import NcclLog
-from ptsim.hardware.nccl_log.section import Row, Section, Times, bus_factor, check_all_reduce, logs_of
+from ptsim.hardware.nccl_log.runs import check_all_reduce, logs_of
+from ptsim.hardware.nccl_log.section import Row, Section, Times
 from ptsim.textfile import decode_json
 
 _FIELDS = [re.compile(rf'\b{name}"?\s*[:,]') for name in ("inplace", "algbw")]  # of every record, in any order

@@ -9,7 +9,8 @@ from ptsim.errors import FileFormatError
 from ptsim.hardware.nccl_log.document import read_document
 from ptsim.hardware.nccl_log.rccl_file import is_record_file, read_records
 from ptsim.hardware.nccl_log.record import NcclLog
-from ptsim.hardware.nccl_log.section import Section, collective, logs_of
+from ptsim.hardware.nccl_log.runs import collective, logs_of
+from ptsim.hardware.nccl_log.section import Section
 from ptsim.hardware.nccl_log.text import holds_rows, read_sections
 from ptsim.hardware.nccl_log.wrappers import unwrapped
 from ptsim.textfile import decode_text, read_bytes, unpacked

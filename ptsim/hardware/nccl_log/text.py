@@ -17,9 +17,12 @@ from ptsim.hardware.nccl_log.section import ELEMENT_BYTES, FORCED, PROGRAM, Row,
 # "[1,0]<stdout>:" of Open MPI, "[1,mpirank:0,algo-1]<stdout>:" of SageMaker, "[0]" of Hydra: once for each piece that
 # the process wrote, also in the middle of a row
 _LAUNCHER = re.compile(r"\[[^\[\]\s]{1,100}\]<std(?:out|err)>:?|\[\d{1,9}\]")
+_PROCESS = re.compile(r"[\[@]\d{1,6},(\d{1,6})\]<std")  # its number, as Open MPI tags its lines
+_COUNTED = re.compile(r"\bnRanks (\d{1,6}) nNodes\b|\bnranks (\d{1,6})\b.*\bInit COMPLETE\b")  # by NCCL
 _RANK = re.compile(
     r"\bRank\s+(\d{1,6})\s+(?:Group\s+(\d+)\s+)?(?:Pid\s+\d+\s+)?on\s+(\S+)\s+device\s+(\d+)\s+\[([^\]]*)\]\s*(.*)"
 )
+_SHORTENED = re.compile(r"\bRank\s+\d+ .*\.\.\.$")  # where nccl-tests has cut the list of a process short
 _HEADER = re.compile(  # with colons and ranks of a GPU in rccl-tests until 2023
     r"\bnThreads?:?\s+(\d{1,6})\s+nGpus:?\s+(\d{1,6})\s+(?:nRanks:?\s+\d{1,6}\s+)?"
     r"minBytes:?\s+(\d{1,18})\s+maxBytes:?\s+(\d{1,18})(?:\s+step:\s*(\d{1,18})\((factor|bytes)\))?"
@@ -88,6 +91,7 @@ class _Reader:
         self.goes_on = False  # the line that launches it, in the next one
         self.forced: dict[str, str] = {}
         self.version: str | None = None
+        self.again: int | None = None  # line of the same names of columns between rows, until the next row
 
     @property
     def current(self) -> Section:
@@ -100,7 +104,7 @@ class _Reader:
         self.current.launched = None if self.launch else before.launched or before
         self.current.version = self.version
         self.current.forced = self.forced if self.launch or self.forced else dict(before.forced)
-        self.name, self.launch, self.version, self.forced = None, "", None, {}
+        self.name, self.launch, self.version, self.forced, self.again = None, "", None, {}, None
 
     def read(self, number: int, line: str) -> None:
         current = self.current
@@ -118,6 +122,8 @@ class _Reader:
             current.blocking = True
         elif _DEVICES.search(line) and current.ended:
             self.begin(number)  # a second run whose first line was not copied
+        elif _SHORTENED.search(line):
+            current.shortened = not current.ended
         elif rank := _RANK.search(line):
             if current.ended:
                 self.begin(number)
@@ -127,8 +133,13 @@ class _Reader:
             self.current.ranks[int(rank[1])] = (rank[3], rank[6].strip())
             self.current.groups.add(rank[2] or "0")
         elif columns := _COLUMNS.search(line):
+            names = line[columns.start() :].split()
+            if names == current.columns and current.rows and not (current.ended or self.launch or self.name):
+                self.again = number  # of the next page, unless the sizes start again
+                return
             if current.ended or current.rows:
                 self.begin(number)
+            self.current.columns = names
             self.current.unit_s = 1e-3 if columns[1] == "bytes" else 1e-6  # before version 2: milliseconds
             if "cputime" in line:
                 self.refuse(number, "has CPU times, expected the times of the collective")
@@ -137,8 +148,11 @@ class _Reader:
             if "bounds" in line and trailer[1] != "0":
                 self.refuse(number, f"{trailer[1]} results were out of bounds: the run is wrong")
         elif match := _ROW.fullmatch(line):
-            if current.ended and current.rows:
-                self.begin(number)
+            again, self.again = self.again, None
+            if current.rows and (current.ended or (again and int(match[1]) <= current.rows[-1].size)):
+                self.begin(again or number)
+                if again:
+                    self.current.columns, self.current.unit_s = current.columns, current.unit_s
             try:
                 self.current.rows.append(_row(self.path, number, match))
             except FileFormatError as error:
@@ -155,6 +169,10 @@ class _Reader:
         """What a line says of the run that it stands before: how it was launched, and NCCL's version."""
         current = self.current
         to_come = current.ended or bool(current.rows)
+        if not to_come and (process := _PROCESS.search(line)):
+            current.processes = max(current.processes, int(process[1]) + 1)
+        if not to_come and (counted := _COUNTED.search(line)):
+            current.counted.add(int(counted[1] or counted[2]))
         if (self.goes_on or _LAUNCH.search(line)) and not _RANK.search(line):
             self.goes_on = line.rstrip().endswith("\\")
             part = f"{line.rstrip()[:-1]} " if self.goes_on else f"{line}\n"
