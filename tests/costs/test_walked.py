@@ -250,3 +250,48 @@ def test_a_watched_footprint_grows_as_the_nearest_moment_of_the_walk() -> None:
         contiguous=moments((198, 2 * 1192, 3880), (2 * 3880, 848, 99)),  # 100 and 50 · 3,880 / 1,960
         channels_last=moments((864, 424, 3880)),
     )
+
+
+def test_gradients_and_images_count_alike_where_the_nearest_moment_is_looked_for() -> None:
+    """Of the walk's 1,960 bytes of gradients and 616 an image.
+
+    900 and 616 are 1060/1960 from ReLU's moment, and 900/1960 + 152/616 from the linear layer's; 0 and 616 are a whole
+    1 from the one, and 152/616 from the other.
+    """
+    watched = Footprint(
+        device="cpu",
+        half=False,
+        kept_fixed_bytes=0,
+        kept_image_bytes=0,
+        weight_copy_bytes=0,
+        buffer_bytes=0,
+        contiguous=moments((0, 616, 900)),
+        channels_last=moments((0, 616, 0)),
+    )
+    found = rescaled(watched, chain(3), chain(6))
+    assert found.contiguous == moments((0, 1192, 1782))  # 900 · 3,880 / 1,960
+    assert found.channels_last == moments((0, 1126, 0))  # 616 · 848 / 464
+
+
+def test_copies_of_weights_and_buffers_grow_with_the_widths() -> None:
+    """From 3 to 6 channels: 18 and 160 weights a channel beside 10 biases, and 8 bytes a channel beside 8."""
+    narrow, wide = (
+        msgspec.structs.replace(chain(channels), layers=(*chain(channels).layers, layer("b", LayerKind.BATCH_NORM)))
+        for channels in (3, 6)
+    )
+    *layers, last = wide.layers
+    wide = msgspec.structs.replace(wide, layers=(*layers, msgspec.structs.replace(last, out_channels=6)))
+    watched = Footprint(
+        device="cpu",
+        half=True,
+        kept_fixed_bytes=2 * 544,
+        kept_image_bytes=0,
+        weight_copy_bytes=544,
+        buffer_bytes=64,
+        contiguous=(),
+        channels_last=(),
+    )
+    found = rescaled(watched, narrow, wide)
+    assert found.kept_fixed_bytes == 2 * (178 * 6 + 10)
+    assert found.weight_copy_bytes == 178 * 6 + 10
+    assert found.buffer_bytes == 2 * (8 * 6 + 8)
