@@ -295,3 +295,44 @@ def test_copies_of_weights_and_buffers_grow_with_the_widths() -> None:
     assert found.kept_fixed_bytes == 2 * (178 * 6 + 10)
     assert found.weight_copy_bytes == 178 * 6 + 10
     assert found.buffer_bytes == 2 * (8 * 6 + 8)
+
+
+def test_a_view_hands_its_gradient_on() -> None:
+    """A convolution and the linear layer, which keeps what it reads, without a ReLU between them.
+
+    The linear layer has 192 kept, 80 of loss and the gradients of the classes, 40, and of its input, 192. That one is
+    the view's and the convolution's: beside it there is the loss alone.
+    """
+    conv, _ = stem()
+    layers, edges = head("c", saved=48)
+    found = walked_footprint(built((conv, *layers), edges), gpu=False, half=False)
+    assert found.channels_last == moments((1960, 192 + 40 + 40 + 192, 0), (216 + 216, 192 + 40, 1960))
+
+
+def test_the_gradients_of_what_was_concatenated_lie_in_that_of_the_whole() -> None:
+    """Two convolutions of the images give 3 channels each: the gradient of all 6, 384, is there until both have run."""
+    conv, _ = stem()
+    other = msgspec.structs.replace(conv, name="d", saved_elements=0)
+    both = layer("a", LayerKind.CONCAT, channels=6, input_shapes=((3, 4, 4),) * 2)
+    layers, edges = head("a", channels=6, saved=96)
+    network = built((conv, other, both, *layers), (("c", "a"), ("d", "a"), *edges))
+    found = walked_footprint(network, gpu=False, half=False)
+    assert found.channels_last == moments((4 * 970, 384 + 40 + 40 + 384, 0), (216 + 216, 384 + 40, 4 * 970 + 216))
+
+
+def test_outputs_of_frozen_layers_live_until_their_last_reader() -> None:
+    """A frozen convolution gives 30 channels, 1,920 bytes; a ReLU changes them in place; a pool makes 192 of them.
+
+    Both are there while the pool runs, less the 40 that `costs.memory` adds; contiguous, 4 · (32 + 480) of copies are
+    there with the 1,920 before. Backward is the linear layer's alone: 192 kept, 80 of loss, 40, and its own weights.
+    """
+    idle = {"input_needs_gradient": False, "weight_needs_gradient": False}
+    wide = layer("c", LayerKind.CONV, channels=30, in_channels=2, input_shapes=((2, 4, 4),), kernel_size=(3, 3), **idle)
+    relu = layer("r", LayerKind.ACTIVATION, channels=30, inplace=True, **idle)
+    pool = layer("p", LayerKind.POOL, input_shapes=((30, 4, 4),), **idle)
+    (flat, linear), edges = head("p", saved=48)
+    flat, linear = (msgspec.structs.replace(one, input_needs_gradient=False) for one in (flat, linear))
+    network = built((wide, relu, pool, flat, linear), (("c", "r"), ("r", "p"), *edges))
+    found = walked_footprint(network, gpu=False, half=False)
+    assert found.channels_last == moments((0, 1920 + 192 - 40, 0), (1960, 192 + 40 + 40, 0))
+    assert found.contiguous == moments((0, 1920 + 2048 - 40, 0), (1960, 192 + 40 + 40, 0))
