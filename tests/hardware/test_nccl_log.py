@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 
 from ptsim.errors import FileFormatError
-from ptsim.hardware.nccl_log import read_nccl_log, read_nccl_logs
+from ptsim.hardware.nccl_log import read_nccl_log, read_nccl_logs, reading
 
 OLD_HEAD = """\
 # nThread 1 nGpus 1 minBytes 1024 maxBytes 4194304 step: 64(factor) warmup iters: 5 iters: 9 validation: 1
@@ -499,3 +500,32 @@ def test_json_of_a_program_of_another_name_is_judged_by_its_results(tmp_path: Pa
         read_nccl_log(write(tmp_path, document(config={"ngpus": 2, "blocking_collectives": "true", "devices": [{}]})))
     with pytest.warns(UserWarning, match="there was no warm-up"):
         read_nccl_log(write(tmp_path, document(config={"ngpus": 2, "warmup_iters": 0, "devices": [{}]})))
+
+
+def test_a_file_of_blank_lines_is_empty(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="is empty"):
+        read_nccl_log(write(tmp_path, " \n\n"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_is_read_up_to_a_size(packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed, it is small on the disk."""
+    data = (OLD_HEAD + OLD_ROWS + TAIL).encode()
+    path = tmp_path / "log"
+    path.write_bytes(gzip.compress(data) if packed else data)
+    monkeypatch.setattr(reading, "_MOST_BYTES", len(data))
+    assert len(read_nccl_logs(path)) == 1
+    monkeypatch.setattr(reading, "_MOST_BYTES", len(data) - 1)
+    with pytest.raises(FileFormatError, match=r"more than|at most"):
+        read_nccl_logs(path)
+
+
+def test_a_run_that_listed_its_devices_and_no_row_is_left_out(tmp_path: Path) -> None:
+    alone = read_nccl_log(write(tmp_path, NEW_HEAD + NEW_ROWS + TAIL))
+    assert read_nccl_log(write(tmp_path, NEW_HEAD + NEW_HEAD + NEW_ROWS + TAIL)).measurements == alone.measurements
+
+
+def test_of_several_other_collectives_the_first_is_named(tmp_path: Path) -> None:
+    first, second = (NEW_HEAD.replace("all_reduce", name) + NEW_ROWS + TAIL for name in ("broadcast", "all_gather"))
+    with pytest.raises(FileFormatError, match="holds broadcast_perf, expected all_reduce_perf"):
+        read_nccl_log(write(tmp_path, first + second))
