@@ -465,6 +465,7 @@ def nested(levels: int) -> dict[str, Any]:
             ],
             ["", "e", "ab", "", "", "f"],
         ),
+        (["a", {"log": "b\n"}, "{c}"], ["a", "b", "{c}"]),  # a launcher's own lines between a container's
         ([nested(4)], ["x"]),
         ([nested(5)], [as_json(**nested(5))]),
         (["a \\n", 'b\\n"', "c\t|"], ["a", "b", "c"]),  # a notebook's cell, a quoted one, a table's
