@@ -18,6 +18,7 @@ from ptsim.trace.pairs import (
     task_of,
     time_differences,
 )
+from ptsim.trace.schema import Draw
 from tests.traces import CPU, dense_trace, shrinking_trace
 
 
@@ -448,10 +449,11 @@ def test_data_that_is_no_folder_of_images_keeps_its_name_wherever_it_lies(folder
 
 @pytest.mark.parametrize(
     "name",
-    """
-    seed data_dir download num_workers num_threads device profile keep_every record_channel_maxima loggers
-    """.split(),
-)
+    [
+        "seed", "data_dir", "download", "num_workers", "num_threads", "device", "profile", "keep_every",
+        "record_channel_maxima", "loggers",
+    ],
+)  # fmt: skip
 def test_settings_that_do_not_change_what_is_trained_make_no_other_setting(folder: Path, name: str) -> None:
     (run,) = read(shrinking_trace(folder / "a.jsonl"))
     one, other = (with_settings(run, **{name: value}) for value in ("a", "b"))
@@ -506,3 +508,40 @@ def test_the_nearest_dense_run_begins_with_the_mini_batch_that_the_pruned_run_be
     for order in (others, others[::-1]):
         (comparison,) = compare_runs([pruned, *order])
         assert comparison.baseline.epochs[0].batch_per_gpu == first.batch_per_gpu
+
+
+def test_runs_of_other_networks_are_named_by_them_and_by_the_mini_batch_that_they_begin_with(folder: Path) -> None:
+    runs = read(*(dense_trace(folder / f"{model}.jsonl", model=model) for model in ("vgg11", "resnet20")))
+    assert run_labels(runs) == ["vgg11, dense", "resnet20, dense"]
+    assert [d.what for d in time_differences(*runs)] == ["network"]
+    first, *rest = runs[0].epochs
+    doubled = msgspec.structs.replace(first, batch_per_gpu=2 * first.batch_per_gpu, passes=4)
+    others = [msgspec.structs.replace(runs[0], epochs=(one, *rest)) for one in (first, doubled)]
+    assert run_labels(others) == ["dense, mini-batch 64", "dense, mini-batch 128 in 4 passes"]
+
+
+def test_a_run_that_was_pruned_at_its_end_shrank_in_no_epoch(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "a.jsonl"))
+    (comparison,) = compare_runs([run])
+    assert comparison.shrank
+    (at_the_end,) = compare_runs([msgspec.structs.replace(run, epochs=run.epochs[:1])])
+    assert not at_the_end.shrank
+
+
+def test_a_pruned_run_that_nobody_timed_has_no_pace(folder: Path) -> None:
+    pruned, dense = read(shrinking_trace(folder / "a.jsonl"), dense_trace(folder / "b.jsonl"))
+    untimed = tuple(msgspec.structs.replace(epoch, measured_time=None) for epoch in pruned.epochs)
+    (comparison,) = compare_runs([msgspec.structs.replace(pruned, epochs=untimed), dense])
+    assert comparison.trained
+    assert pace(comparison) is None
+
+
+def test_a_held_run_has_the_first_network_alone_and_nothing_that_belongs_to_others(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "a.jsonl"))
+    first = run.epochs[0].architecture
+    seen = tuple(msgspec.structs.replace(epoch, channel_maxima={"conv": (0.5,)}) for epoch in run.epochs)
+    drawn = msgspec.structs.replace(run, epochs=seen, draws=(Draw(seed=1, architectures=((0, first),)),))
+    held = held_dense(drawn)
+    assert (tuple(held.networks), held.draws, held.reconfigurations) == ((first,), (), ())
+    assert len(run.networks) > 1
+    assert all(epoch.channel_maxima is None for epoch in held.epochs)
