@@ -10,6 +10,8 @@ import pytest
 
 from ptsim.errors import FileFormatError
 from ptsim.hardware.nccl_log import read_nccl_log, read_nccl_logs, reading
+from ptsim.hardware.nccl_log.section import Row, Times
+from ptsim.hardware.nccl_log.text import read_sections
 
 OLD_HEAD = """\
 # nThread 1 nGpus 1 minBytes 1024 maxBytes 4194304 step: 64(factor) warmup iters: 5 iters: 9 validation: 1
@@ -529,3 +531,70 @@ def test_of_several_other_collectives_the_first_is_named(tmp_path: Path) -> None
     first, second = (NEW_HEAD.replace("all_reduce", name) + NEW_ROWS + TAIL for name in ("broadcast", "all_gather"))
     with pytest.raises(FileFormatError, match="holds broadcast_perf, expected all_reduce_perf"):
         read_nccl_log(write(tmp_path, first + second))
+
+
+TEN, NINE = Times(10.0, 0.1, 0.2), Times(9.0, 0.3, 0.4)
+ITERATIONS = "1 2 3 4"  # times of single ones, behind each time
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        # reduction, root, out of place, in place, wrong results, groups of columns, checked out of place alone
+        ("sum 10 .1 .2 5e-07 9 .3 .4 1e+00", ("sum", None, TEN, NINE, 0, 2, False)),  # errors, no counts
+        ("sum -1 10 .1 .2 3 9 .3 .4 4", ("sum", -1, TEN, NINE, 7, 2, False)),
+        ("sum 2 10 .1 .2 0 9 .3 .4 0", ("sum", 2, TEN, NINE, 0, 2, False)),
+        ("sum -1 10 .1 .2 0 9 .3 .4 N/A", ("sum", -1, TEN, NINE, 0, 2, True)),
+        ("sum -1 10 .1 .2 N/A 9 .3 .4 N/A", ("sum", -1, TEN, NINE, 0, 2, False)),
+        ("sum -1 10 .1 .2 0", ("sum", -1, TEN, None, 0, 1, False)),
+        ("sum 10 .1 .2", ("sum", None, TEN, None, 0, 1, False)),
+        ("10 .1 .2 0 9 .3 .4 0", ("none", None, TEN, NINE, 0, 2, False)),
+        ("sum -1 N/A N/A N/A N/A 9 .3 .4 0", ("sum", -1, None, NINE, 0, 2, False)),
+        ("sum -1 N/A .1 .2 0 9 .3 .4 0", ("sum", -1, None, NINE, 0, 2, False)),
+        ("sum -1 10 N/A .2 0 9 .3 .4 0", ("sum", -1, None, NINE, 0, 2, False)),
+        ("sum -1 10 .1 N/A 0 9 .3 .4 0", ("sum", -1, None, NINE, 0, 2, False)),
+        ("sum -1 10 .1 .2 0 9 .3 .4 0 N/A N/A N/A", ("sum", -1, TEN, NINE, 0, 2, False)),  # rccl-tests -A 1
+        ("sum -1 10 .1 .2 0 9 .3 .4 0 Fri Jan 2 03:04:05 2026", ("sum", -1, TEN, NINE, 0, 2, False)),
+        (f"sum -1 10 .1 .2 0 {ITERATIONS} 9 .3 .4 5 {ITERATIONS}", ("sum", -1, TEN, NINE, 5, 2, False)),
+        ("sum -1 1e18 .1 .2 0", ("sum", -1, Times(1e18, 0.1, 0.2), None, 0, 1, False)),
+    ],
+)
+def test_the_numbers_of_a_row(tmp_path: Path, numbers: str, expected: tuple[object, ...]) -> None:
+    (section,) = read_sections(tmp_path, f"noise\n1024 256 float {numbers}\n")
+    assert section.rows == [Row(2, 1024, 256, "float", *expected)]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "says"),
+    [
+        ("sum -1 10 .1 .2 0 9 .3 .4 0 1 2 3", "is incomplete"),  # 11 numbers that are some
+        ("sum -1 10 .1 .2 0 9 .3", "is incomplete"),
+        ("sum -1 N/A N/A N/A N/A N/A N/A N/A N/A", "has no time"),
+        ("sum -1 1.1e18 .1 .2 0", "found the number 1.1e18"),
+        ("sum -1 -1.1e18 .1 .2 0", "found the number -1.1e18"),
+    ],
+)
+def test_rows_that_are_none_are_the_problem_of_their_run(tmp_path: Path, numbers: str, says: str) -> None:
+    (section,) = read_sections(tmp_path, f"1024 256 float {numbers}\n")
+    assert section.rows == []
+    assert says in str(section.problem)
+    assert section.problem is not None
+    assert section.problem.line == 1
+
+
+def test_a_launch_goes_on_where_a_backslash_ends_its_line(tmp_path: Path) -> None:
+    text = "$ mpirun -np 16 \\  \n  -N 8 \\\n  ./all_reduce_perf\n" + OLD_HEAD + OLD_ROWS + TAIL
+    (section,) = read_sections(tmp_path, text)
+    assert section.launch == "$ mpirun -np 16    -N 8    ./all_reduce_perf\n"
+    assert section.ranks[3] == ("beta", "A100-SXM4-40GB")
+    (other,) = read_sections(tmp_path, text.replace("A100-SXM4-40GB\n", "A100-SXM4-40GB  \n"))
+    assert other.ranks == section.ranks
+
+
+def test_the_version_said_first_is_that_of_the_run(tmp_path: Path) -> None:
+    head = "NCCL version 2.20.5\nNCCL version 2.19.3\n"
+    (section,) = read_sections(tmp_path, head + NEW_HEAD.replace("nccl-library=22902", "") + NEW_ROWS + TAIL)
+    assert section.version == "2.20.5"
+    later = "NCCL version 2.18.1\nNCCL version 2.17.1\n"
+    _, second = read_sections(tmp_path, head + OLD_HEAD + OLD_ROWS + TAIL + later + OLD_HEAD + OLD_ROWS + TAIL)
+    assert second.version == "2.18.1"
