@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -598,3 +599,77 @@ def test_the_version_said_first_is_that_of_the_run(tmp_path: Path) -> None:
     later = "NCCL version 2.18.1\nNCCL version 2.17.1\n"
     _, second = read_sections(tmp_path, head + OLD_HEAD + OLD_ROWS + TAIL + later + OLD_HEAD + OLD_ROWS + TAIL)
     assert second.version == "2.18.1"
+
+
+@pytest.mark.parametrize(
+    ("config", "env", "says"),
+    [
+        ({"aggregated_iterations": 3}, [], "3 all-reduces ran in one group"),
+        ({"graph": 1}, [], "were replayed from a CUDA graph"),
+        ({"warmup_iters": 0}, [], "there was no warm-up"),
+        ({"blocking_collectives": "True"}, [], "the host waited for each all-reduce"),
+        ({"blocking_collectives": True}, [], "the host waited for each all-reduce"),
+        ({}, ["PATH=/bin", "NCCL_ALGO=Tree", "NCCL_PROTO=LL"], "NCCL_ALGO=Tree and NCCL_PROTO=LL was set"),
+        ({}, ["PATH=/bin", "MY_NCCL_HOST=1"], None),
+        ({"aggregated_iterations": 1, "graph": 0, "warmup_iters": 1, "blocking_collectives": "false"}, [], None),
+    ],
+)
+def test_json_says_how_the_times_were_made(
+    tmp_path: Path, config: dict[str, object], env: list[str], says: str | None
+) -> None:
+    devices = [{"hostname": "alpha", "device_info": "H100"}]
+    path = write(tmp_path, document(config={"ngpus": 2, "devices": devices} | config, env=env))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log = read_nccl_log(path)
+    assert len(caught) == (says is not None)
+    assert all(str(says) in str(warning.message) for warning in caught)
+    assert (log.num_gpus, log.num_nodes) == (2, 1)
+
+
+@pytest.mark.parametrize("okay", [False, "false", "False"])
+def test_json_whose_results_are_not_okay_is_refused(tmp_path: Path, okay: object) -> None:
+    with pytest.raises(FileFormatError, match="results were out of bounds"):
+        read_nccl_log(write(tmp_path, document(out_of_bounds={"count": 0, "okay": okay})))
+    for fine in (True, "true", "unchecked"):
+        assert read_nccl_log(write(tmp_path, document(out_of_bounds={"count": 0, "okay": fine}))).num_gpus == 2
+    assert read_nccl_log(write(tmp_path, document(out_of_bounds={}))).num_gpus == 2
+
+
+def one_result(out_of_place: object, in_place: object) -> str:
+    """4 MiB."""
+    plain = {"size": 2**22, "count": 2**20}
+    return document(results=[plain | {"out_of_place": out_of_place, "in_place": in_place}])
+
+
+def test_json_has_the_times_out_of_place_and_in_place(tmp_path: Path) -> None:
+    slow, fast = ({"time": 2**22 / rate / 1e3, "alg_bw": rate, "bus_bw": rate} for rate in (40.0, 80.0))
+    for halves in ((slow, fast), (fast, slow), (slow, None), (None, slow)):
+        (row,) = read_nccl_log(write(tmp_path, one_result(*halves))).measurements
+        expected = [half and pytest.approx(half["time"] / 1e6) for half in halves]
+        assert [row.out_of_place_s, row.in_place_s] == expected
+    wrong = [slow | {"nwrong": 3.0}, slow | {"nwrong": 4.0}]
+    with pytest.raises(FileFormatError, match="7 wrong results at 4194304 bytes"):
+        read_nccl_log(write(tmp_path, one_result(*wrong)))
+
+
+@pytest.mark.parametrize(
+    ("half", "says"),
+    [({"cpu_time": 3.0}, "results[0].in_place has CPU time"), ({}, "results[0].in_place has no 'time'")],
+)
+def test_json_without_the_time_of_the_collective_says_which_it_has(
+    tmp_path: Path, half: dict[str, object], says: str
+) -> None:
+    with pytest.raises(FileFormatError) as caught:
+        read_nccl_log(write(tmp_path, one_result(None, half)))
+    assert says in caught.value.message
+
+
+def test_json_of_groups_that_reduce_at_the_same_time_is_refused(tmp_path: Path) -> None:
+    devices = [{"rank": i, "group": i // 2, "hostname": "n", "device_info": "H100"} for i in range(4)]
+    with pytest.raises(FileFormatError, match="2 groups of GPUs at the same time"):
+        read_nccl_log(write(tmp_path, document(config={"devices": devices})))
+
+
+def test_json_without_a_version_has_none(tmp_path: Path) -> None:
+    assert read_nccl_log(write(tmp_path, document(nccl_version=None))).version is None
