@@ -474,6 +474,7 @@ def test_schedules_and_mini_batches_that_differ_are_named(folder: Path) -> None:
     assert run_labels(batches) == ["PruneTrain r=0.2, dynamic mini-batch", "PruneTrain r=0.2, fixed mini-batch"]
     schedules = [with_settings(run, schedule=schedule) for schedule in ("continuous", "one_time", "ssl")]
     assert run_labels(schedules) == ["PruneTrain r=0.2", "one-time pruning r=0.2", "SSL r=0.2"]
+    assert run_labels([with_settings(run, penalty_ratio=None)]) == ["PruneTrain"]
 
 
 def test_a_run_without_a_dense_one_has_a_baseline_and_no_pace(folder: Path) -> None:
@@ -490,7 +491,8 @@ def test_a_run_without_a_dense_one_has_a_baseline_and_no_pace(folder: Path) -> N
 
 def test_a_held_run_has_no_penalty_no_sparsity_and_what_was_recorded_of_its_gpu(folder: Path) -> None:
     (run,) = read(shrinking_trace(folder / "a.jsonl"))
-    for epoch in held_dense(run).epochs:
+    sparse = tuple(msgspec.structs.replace(epoch, channel_sparsity=0.25, weight_sparsity=0.5) for epoch in run.epochs)
+    for epoch in held_dense(msgspec.structs.replace(run, epochs=sparse)).epochs:
         assert (epoch.penalty, epoch.penalty_coefficient) == (0.0, 0.0)
         assert (epoch.channel_sparsity, epoch.weight_sparsity) == (0.0, 0.0)
     unwatched = tuple(msgspec.structs.replace(epoch, device=None) for epoch in run.epochs)
@@ -522,7 +524,8 @@ def test_runs_of_other_networks_are_named_by_them_and_by_the_mini_batch_that_the
 
 def test_a_run_that_was_pruned_at_its_end_shrank_in_no_epoch(folder: Path) -> None:
     (run,) = read(shrinking_trace(folder / "a.jsonl"))
-    (comparison,) = compare_runs([run])
+    second = next(i for i, epoch in enumerate(run.epochs) if epoch.architecture != run.epochs[0].architecture)
+    (comparison,) = compare_runs([msgspec.structs.replace(run, epochs=run.epochs[: second + 1])])  # two networks
     assert comparison.shrank
     (at_the_end,) = compare_runs([msgspec.structs.replace(run, epochs=run.epochs[:1])])
     assert not at_the_end.shrank
