@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ptsim.network import Layer, LayerKind
+from ptsim.network import Layer
 
 
 class Gradient(NamedTuple):
@@ -27,7 +27,7 @@ class Gradient(NamedTuple):
     kernels: int = 1
     first: int = 0  # as large as the first operand
     second: int = 0  # as large as the second one
-    masks: int = 0  # of booleans, as large as the result
+    masks: int = 0  # of booleans, as large as the result or, where it is an operand, as the mask
 
 
 _HANDED_ON = Gradient(0, 0)
@@ -126,10 +126,11 @@ def gradient_of_elementwise(layer: Layer, batch: int, given: int, width: int) ->
         given: bytes per element of the operands.
         width: of the result.
     """
-    result = layer.output_elements * batch
+    result = of_mask = layer.output_elements * batch
     sizes, learns = _operands(layer, batch)
     if (mask := _CONDITIONED.get(layer.op, len(sizes))) < len(sizes) > 1:
-        del sizes[mask], learns[mask]
+        of_mask = sizes.pop(mask)
+        del learns[mask]
     formulas = _formulas(layer.op, len(sizes))
     if formulas is None:  # reads the gradient and the operands, writes the operands' gradients
         operands = 1 if layer.op in _CASTS else 2
@@ -138,7 +139,7 @@ def gradient_of_elementwise(layer: Layer, batch: int, given: int, width: int) ->
     for formula, size, learnt in zip(formulas, sizes, learns, strict=True):
         if learnt:
             read = formula.first * sizes[0] + formula.second * sizes[-1]
-            moved += formula.whole * result * width + read * given + formula.masks * result
+            moved += formula.whole * result * width + read * given + formula.masks * of_mask
             kernels += formula.kernels
             if size < result:  # it was broadcast
                 moved += result * width + size * given
@@ -176,9 +177,7 @@ def passes_of_activation(layer: Layer, batch: int, given: int, width: int) -> tu
 
 def gradient_of_view(layer: Layer, batch: int, width: int) -> Moved | None:
     """Backward of an operator that hands out its input's memory; None where the gradient is handed on as well."""
-    if layer.kind is not LayerKind.RESHAPE:
-        return None
-    elements = sum(layer.input_sizes(batch)) or layer.num_parameters
+    elements, *_ = *layer.input_sizes(batch), layer.num_parameters  # a second operand lends its shape alone
     whole, part = elements * width, layer.output_elements * batch * width
     if layer.op in _JOINED:
         return Moved(2 * whole, 1)
@@ -207,6 +206,8 @@ def gradient_of_pool(layer: Layer, batch: int, given: int, width: int) -> Moved 
             return Moved(5 * x + 5 * y, 4)
         case "std":  # first the variance's gradient, with none where it is 0
             return Moved(5 * x + 13 * y + 2 * few, 8)
+        case "max" | "min":  # zeros are written, and the gradient where the element was found
+            return Moved(x + 2 * y + positions_bytes(layer, batch), 2)
         case "grid_sample":  # both operands are read, and both have a gradient
             return Moved(2 * x + y, 1)
     return Moved(x + y + positions_bytes(layer, batch), 1)

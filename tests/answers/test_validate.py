@@ -9,6 +9,7 @@ import pytest
 
 import ptsim
 from ptsim.answers.repredict import device_profile_of, fit_power_model
+from ptsim.answers.utilization import epochs_utilization
 from ptsim.answers.validate import validate
 from ptsim.cli.main import run
 from ptsim.costs.buckets import ddp_buckets
@@ -17,6 +18,7 @@ from ptsim.costs.energy import PowerSample, fit_power
 from ptsim.costs.flops import layer_macs
 from ptsim.costs.measured import measured_step
 from ptsim.costs.memory import iteration_memory
+from ptsim.costs.run import run_cost
 from ptsim.costs.times import LayerTime, StepTime
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import load_device
@@ -24,6 +26,7 @@ from ptsim.hardware.profile import MachineLoad
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link
 from ptsim.network import LayerKind, Precision
+from ptsim.trace.io import read_trace
 from ptsim.trace.pairs import time_differences
 from ptsim.trace.schema import Epoch, Profile
 from tests.traces import CPU, dense_trace, profile_of, shrinking_records, shrinking_trace, write_trace
@@ -817,3 +820,15 @@ def test_the_largest_error_of_several_savings_is_shown(tmp_path: Path) -> None:
     assert len(errors) == 3
     assert min(errors) < max(errors) - 5
     assert result.saving_error_points == max(errors)
+
+
+def test_the_utilisation_of_epochs_is_that_of_all_their_flops_in_all_their_time(tmp_path):
+    """Two epochs on 2 GPUs, in 1 and 3 s: 2 FLOPs a MAC over 2 · 4 GPU seconds of 19.5 TFLOP/s in fp32."""
+    trace = read_trace(shrinking_trace(tmp_path / "trace.jsonl", world_size=2, precision=Precision.FP32))
+    a100, epochs = load_device("a100-sxm4-40gb"), trace.epochs[:2]
+    macs = sum(cost.training_macs for cost in run_cost(trace)[:2])
+    found = epochs_utilization(trace, a100, zip(epochs, (1.0, 3.0), strict=True))
+    assert found == pytest.approx(2 * macs / (8 * 19.5e12))
+    assert epochs_utilization(trace, None, zip(epochs, (1.0, 3.0), strict=True)) is None
+    slow = msgspec.structs.replace(a100, peak_flops_per_s={Precision.BF16: 312e12})
+    assert epochs_utilization(trace, slow, zip(epochs, (1.0, 3.0), strict=True)) is None

@@ -52,6 +52,7 @@ class Moved(TorchDispatchMode):
 
     _NOT_READ = ("empty", "new_", "zeros", "ones", "full")
     _COPIES = ("slice_backward", "select_backward")  # zeros, into which the gradient is copied
+    _PLACES = ("scatter", "scatter_")  # write into zeros that are there, and, but for this class, in their own memory
     _SHAPES = ("max_pool2d_with_indices_backward", "avg_pool2d_backward")  # take the input for its shape alone
 
     def __init__(self, left_out: tuple[str, ...] = ()) -> None:
@@ -71,6 +72,8 @@ class Moved(TorchDispatchMode):
         read = [] if name.startswith(self._NOT_READ) else given[name == "copy_" :]
         if name in self._SHAPES:
             read = [given[0], *given[2:]]
+        if name in self._PLACES:
+            read, made = given[1:], given[2:]
         self.num_bytes += sum({id(t): _bytes(t) for t in read}.values())
         self.num_bytes += sum(_bytes(t) for t in made)
         self.kernels += 1
@@ -127,6 +130,8 @@ CASES: dict[str, Case] = {
     "chosen or a gate": Case(lambda x, y: torch.where(x > 0, x, y), (FULL, GATE)),
     "chosen or a number": Case(lambda x: torch.where(x > 0, x, 0.0)),
     "masked": Case(lambda x: x.masked_fill(x < 0, 0.0)),
+    "masked by one row for all": Case(lambda x, y: x.masked_fill(y < 0, 0.0), (FULL, GATE)),
+    "chosen by one plane for all": Case(lambda x, y: torch.where(y > 0, x, 0.0), (FULL, PLANE)),
     "kept by a mask": Case(lambda x: x * (x > 0).float()),
     "less what has no gradient": Case(lambda x, y: x - y.detach(), (FULL, FULL)),
     "what has no gradient less it": Case(lambda x, y: y.detach() - x, (FULL, GATE)),
@@ -157,6 +162,7 @@ CASES: dict[str, Case] = {
     "glu": Case(lambda x: F.glu(x, 1)),
     "prelu": Case(F.prelu, own=((WIDTH,),)),
     "clamped": Case(lambda x: x.clamp(-1, 1)),
+    "clipped": Case(lambda x: x.clip(-1, 1)),
     "erf": Case(torch.erf),
     "softmin": Case(lambda x: F.softmin(x, 1)),
     "tanhshrink": Case(F.tanhshrink),
@@ -170,12 +176,16 @@ CASES: dict[str, Case] = {
     "max pool": Case(lambda x: F.max_pool2d(x, 2)),
     "resized": Case(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
     "spread": Case(lambda x: x.expand(-1, -1, SIDE, SIDE).exp(), (GATE,)),
+    "spread as another": Case(lambda x, y: x.expand_as(y).exp(), (GATE, FULL)),
+    "one largest of all channels": Case(lambda x: x.max(1, keepdim=True)[0]),
+    "one least of all channels": Case(lambda x: x.min(1, keepdim=True)[0]),
     # For each image it reads one of its own.
     "a token for all": Case(
         lambda x, p: x * p.expand(x.shape[0], -1, -1, -1), own=((WIDTH, 1, 1),), more=4 * WIDTH * (BATCH - 1)
     ),
     "halves changed": Case(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1)),
     "unequal parts": Case(lambda x: torch.cat(x.split([1, 3], 1)[::-1], 1)),
+    "parts of given sizes": Case(lambda x: torch.cat(x.split_with_sizes([1, 3], 1)[::-1], 1)),
     "unbound": Case(lambda x: torch.stack(x.unbind(1)[::-1], 1)),
     "part": Case(lambda x: x[:, 1:].exp()),
     "place": Case(lambda x: x[:, 1].exp()),
@@ -306,6 +316,15 @@ def test_only_gradients_that_come_back_are_added_up() -> None:
     size = 2 * 1024 * 4
     assert kernels.moved_bytes[kernels.layer == 0].tolist() == [2 * size, 3 * size]
     assert kernels.moved_bytes[kernels.layer == 3].tolist() == [3 * size, 3 * size]  # dy and the mask in, dx out
+
+
+def test_the_gradients_of_two_readers_of_a_view_are_added_up() -> None:
+    """Two ReLUs read what is flattened: each gradient is read, their sum is written, and the view hands it on."""
+    flat = on_16_channels(LayerKind.RESHAPE, "flatten", (16, 8, 8), view=True)
+    readers = [on_16_channels(LayerKind.ACTIVATION, "relu", (16, 8, 8), name=name) for name in "ab"]
+    network = msgspec.structs.replace(chain(flat), layers=(flat, *readers), edges=(("flatten", "a"), ("flatten", "b")))
+    kernels = network_kernels(network, StepSetting(batch=2), tensor_cores=False)
+    assert kernels.moved_bytes[kernels.layer == 0].tolist() == [3 * 2 * 1024 * 4]
 
 
 def test_the_gradients_of_parts_are_joined_and_not_added() -> None:

@@ -141,6 +141,13 @@ def test_the_interval_of_energy_by_hand(low_s, high_s, error, low, high):
     assert (energy.low_j, energy.high_j) == pytest.approx((300 * low, 300 * high))
 
 
+def test_the_interval_of_time_is_relative_to_the_steps_own_length():
+    """2 s of multiplying, 1.4 to 2.8 of them: as far from 600 J as 0.7 and 1.4 of one second from 300."""
+    two = msgspec.structs.replace(step(2.0, 0.0), low_s=1.4, high_s=2.8)
+    energy = step_energy(two, A100, model=msgspec.structs.replace(MODEL, relative_error=0.3))
+    assert (energy.low_j, energy.high_j) == pytest.approx((600 * (1 - 0.3 * 2**0.5), 600 * 1.5))
+
+
 def test_a_gpu_that_only_waits_draws_the_power_of_waiting():
     nothing = msgspec.structs.replace(step(), layers=(), low_s=0.0, high_s=0.0)
     assert step_energy(nothing, A100, model=MODEL).mean_power_w == 100

@@ -136,6 +136,18 @@ def test_the_limit_begins_at_the_first_count_that_gets_less(needed: float, numbe
     assert limiting_gpus(EXACT, node, needed, output_pixels=256, stored_pixels=1024) == number
 
 
+@pytest.mark.parametrize(
+    ("alone", "among", "number"),
+    [(4096.5, 100.0, 1), (100.0, 2048.5, 2), (4096.0, 1024.0, None), (4096.0, 1024.5, 4)],
+)
+def test_a_gpu_among_others_may_need_less_than_one_that_is_alone(
+    alone: float, among: float, number: int | None
+) -> None:
+    """One GPU has all 4,096 images/s and is compared with what it trains on alone; 2 have 2,048 each, 4 have 1,024."""
+    node = cluster(cores_per_node=16, gpus_per_node=4)
+    assert limiting_gpus(EXACT, node, alone, among=among, output_pixels=256, stored_pixels=1024) == number
+
+
 def test_imagenets_images_have_as_many_pixels_as_its_raw_size_says() -> None:
     """FFCV's documentation: 788.97 GB of 3 bytes a pixel in 1,281,167 images."""
     assert pytest.approx(788.97e9 / 3 / 1_281_167, rel=0.002) == STORED_PIXELS

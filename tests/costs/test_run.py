@@ -8,6 +8,7 @@ import pytest
 from ptsim.costs.flops import training_macs
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.run import recorded_device, run_cost
+from ptsim.hardware.catalog import load_device
 from ptsim.network import Precision
 from ptsim.trace.io import read_trace
 from tests.traces import shrinking_trace
@@ -76,6 +77,15 @@ def test_an_epoch_by_hand(tmp_path: Path) -> None:
     assert cost.measured_peak_memory_bytes == trace.epochs[0].peak_memory_bytes
     more = run_cost(trace, world_size=4)[0]
     assert (more.world_size, more.training_macs, more.num_images) == (4, cost.training_macs, 4992)
+    seven = run_cost(trace, world_size=7)[0].allreduce_bytes_per_gpu
+    assert seven == 46_868_997  # 2 · 6/7 of 27,340,248 is 46,868,996.57
+
+
+def test_a_run_on_a_processor_has_no_gpu_of_the_catalog_whatever_its_device_is_called(tmp_path: Path) -> None:
+    trace = read_trace(shrinking_trace(tmp_path / "trace.jsonl"))
+    assert recorded_device(trace) == load_device("a100-sxm4-40gb")
+    used = msgspec.structs.replace(trace.run.device, kind="cpu")
+    assert recorded_device(msgspec.structs.replace(trace, run=msgspec.structs.replace(trace.run, device=used))) is None
 
 
 def test_what_runs_once_runs_in_every_pass_of_every_gpu(tmp_path: Path) -> None:

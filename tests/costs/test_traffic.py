@@ -195,6 +195,7 @@ def test_a_mini_batch_of_nothing_is_refused() -> None:
 
 
 LESS = ELEMENTS // 4  # of an output of 16 × 4 × 4
+CASTS = ("type", "to", "float", "half", "bfloat16", "double", "type_as")
 
 
 @pytest.mark.parametrize(
@@ -212,6 +213,7 @@ LESS = ELEMENTS // 4  # of an output of 16 × 4 × 4
         (LayerKind.ELEMENTWISE, "exp", 4 * (ELEMENTS + LESS), 4 * 3 * LESS),  # dy, the result, dx, all of one size
         (LayerKind.ELEMENTWISE, "mul", 4 * (ELEMENTS + LESS), 4 * 2 * LESS),  # by a number: dy, dx
         (LayerKind.ELEMENTWISE, "floordiv", 4 * (ELEMENTS + LESS), 4 * (2 * ELEMENTS + LESS)),  # of no formula known
+        *((LayerKind.ELEMENTWISE, cast, 4 * (ELEMENTS + LESS), 4 * (ELEMENTS + LESS)) for cast in CASTS),  # dy, dx
         (LayerKind.ELEMENTWISE, "sub", 4 * (ELEMENTS + LESS), 0),
         (LayerKind.ELEMENTWISE, "rsub", 4 * (ELEMENTS + LESS), 4 * 2 * LESS),  # the gradient read, its negative written
         (LayerKind.OTHER, "interpolate", 4 * (ELEMENTS + LESS), 4 * (ELEMENTS + LESS)),

@@ -250,3 +250,89 @@ def test_a_watched_footprint_grows_as_the_nearest_moment_of_the_walk() -> None:
         contiguous=moments((198, 2 * 1192, 3880), (2 * 3880, 848, 99)),  # 100 and 50 · 3,880 / 1,960
         channels_last=moments((864, 424, 3880)),
     )
+
+
+def test_gradients_and_images_count_alike_where_the_nearest_moment_is_looked_for() -> None:
+    """Of the walk's 1,960 bytes of gradients and 616 an image.
+
+    900 and 616 are 1060/1960 from ReLU's moment, and 900/1960 + 152/616 from the linear layer's; 0 and 616 are a whole
+    1 from the one, and 152/616 from the other.
+    """
+    watched = Footprint(
+        device="cpu",
+        half=False,
+        kept_fixed_bytes=0,
+        kept_image_bytes=0,
+        weight_copy_bytes=0,
+        buffer_bytes=0,
+        contiguous=moments((0, 616, 900)),
+        channels_last=moments((0, 616, 0)),
+    )
+    found = rescaled(watched, chain(3), chain(6))
+    assert found.contiguous == moments((0, 1192, 1782))  # 900 · 3,880 / 1,960
+    assert found.channels_last == moments((0, 1126, 0))  # 616 · 848 / 464
+
+
+def test_copies_of_weights_and_buffers_grow_with_the_widths() -> None:
+    """From 3 to 6 channels: 18 and 160 weights a channel beside 10 biases, and 8 bytes a channel beside 8."""
+    narrow, wide = (
+        msgspec.structs.replace(chain(channels), layers=(*chain(channels).layers, layer("b", LayerKind.BATCH_NORM)))
+        for channels in (3, 6)
+    )
+    *layers, last = wide.layers
+    wide = msgspec.structs.replace(wide, layers=(*layers, msgspec.structs.replace(last, out_channels=6)))
+    watched = Footprint(
+        device="cpu",
+        half=True,
+        kept_fixed_bytes=2 * 544,
+        kept_image_bytes=0,
+        weight_copy_bytes=544,
+        buffer_bytes=64,
+        contiguous=(),
+        channels_last=(),
+    )
+    found = rescaled(watched, narrow, wide)
+    assert found.kept_fixed_bytes == 2 * (178 * 6 + 10)
+    assert found.weight_copy_bytes == 178 * 6 + 10
+    assert found.buffer_bytes == 2 * (8 * 6 + 8)
+
+
+def test_a_view_hands_its_gradient_on() -> None:
+    """A convolution and the linear layer, which keeps what it reads, without a ReLU between them.
+
+    The linear layer has 192 kept, 80 of loss and the gradients of the classes, 40, and of its input, 192. That one is
+    the view's and the convolution's: beside it there is the loss alone.
+    """
+    conv, _ = stem()
+    layers, edges = head("c", saved=48)
+    found = walked_footprint(built((conv, *layers), edges), gpu=False, half=False)
+    assert found.channels_last == moments((1960, 192 + 40 + 40 + 192, 0), (216 + 216, 192 + 40, 1960))
+
+
+def test_the_gradients_of_what_was_concatenated_lie_in_that_of_the_whole() -> None:
+    """Two convolutions of the images give 3 channels each: the gradient of all 6, 384, is there until both have run."""
+    conv, _ = stem()
+    other = msgspec.structs.replace(conv, name="d", saved_elements=0)
+    both = layer("a", LayerKind.CONCAT, channels=6, input_shapes=((3, 4, 4),) * 2)
+    layers, edges = head("a", channels=6, saved=96)
+    network = built((conv, other, both, *layers), (("c", "a"), ("d", "a"), *edges))
+    found = walked_footprint(network, gpu=False, half=False)
+    assert found.channels_last == moments((4 * 970, 384 + 40 + 40 + 384, 0), (216 + 216, 384 + 40, 4 * 970 + 216))
+
+
+def test_outputs_of_frozen_layers_live_until_their_last_reader() -> None:
+    """A frozen convolution gives 30 channels, 1,920 bytes; a ReLU changes them in place; a pool makes 192 of them.
+
+    Both are there while the pool runs, less the 40 that `costs.memory` adds; contiguous, 4 · (32 + 480) of copies are
+    there with the 1,920 before. Backward is the linear layer's alone: 192 kept, 80 of loss, 40, and its own weights.
+    """
+    idle = {"input_needs_gradient": False, "weight_needs_gradient": False}
+    wide = layer("c", LayerKind.CONV, channels=30, in_channels=2, input_shapes=((2, 4, 4),), kernel_size=(3, 3), **idle)
+    relu = layer("r", LayerKind.ACTIVATION, channels=30, inplace=True, **idle)
+    pool = layer("p", LayerKind.POOL, input_shapes=((30, 4, 4),), **idle)
+    (flat, linear), edges = head("p", saved=48)
+    flat, linear = (msgspec.structs.replace(one, input_needs_gradient=False) for one in (flat, linear))
+    network = built((wide, relu, pool, flat, linear), (("c", "r"), ("r", "p"), *edges))
+    found = walked_footprint(network, gpu=False, half=False)
+    assert found.channels_last == moments((0, 1920 + 192 - 40, 0), (1960, 192 + 40 + 40, 0))
+    assert found.contiguous == moments((0, 1920 + 2048 - 40, 0), (1960, 192 + 40 + 40, 0))

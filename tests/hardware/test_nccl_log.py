@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 
 from ptsim.errors import FileFormatError
-from ptsim.hardware.nccl_log import read_nccl_log, read_nccl_logs
+from ptsim.hardware.nccl_log import read_nccl_log, read_nccl_logs, reading
+from ptsim.hardware.nccl_log.section import Row, Times
+from ptsim.hardware.nccl_log.text import read_sections
 
 OLD_HEAD = """\
 # nThread 1 nGpus 1 minBytes 1024 maxBytes 4194304 step: 64(factor) warmup iters: 5 iters: 9 validation: 1
@@ -541,3 +545,173 @@ def test_json_of_a_program_of_another_name_is_judged_by_its_results(tmp_path: Pa
         read_nccl_log(write(tmp_path, document(config={"ngpus": 2, "blocking_collectives": "true", "devices": [{}]})))
     with pytest.warns(UserWarning, match="there was no warm-up"):
         read_nccl_log(write(tmp_path, document(config={"ngpus": 2, "warmup_iters": 0, "devices": [{}]})))
+
+
+def test_a_file_of_blank_lines_is_empty(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="is empty"):
+        read_nccl_log(write(tmp_path, " \n\n"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_is_read_up_to_a_size(packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed, it is small on the disk."""
+    data = (OLD_HEAD + OLD_ROWS + TAIL).encode()
+    path = tmp_path / "log"
+    path.write_bytes(gzip.compress(data) if packed else data)
+    monkeypatch.setattr(reading, "_MOST_BYTES", len(data))
+    assert len(read_nccl_logs(path)) == 1
+    monkeypatch.setattr(reading, "_MOST_BYTES", len(data) - 1)
+    with pytest.raises(FileFormatError, match=r"more than|at most"):
+        read_nccl_logs(path)
+
+
+def test_a_run_that_listed_its_devices_and_no_row_is_left_out(tmp_path: Path) -> None:
+    alone = read_nccl_log(write(tmp_path, NEW_HEAD + NEW_ROWS + TAIL))
+    assert read_nccl_log(write(tmp_path, NEW_HEAD + NEW_HEAD + NEW_ROWS + TAIL)).measurements == alone.measurements
+
+
+def test_of_several_other_collectives_the_first_is_named(tmp_path: Path) -> None:
+    first, second = (NEW_HEAD.replace("all_reduce", name) + NEW_ROWS + TAIL for name in ("broadcast", "all_gather"))
+    with pytest.raises(FileFormatError, match="holds broadcast_perf, expected all_reduce_perf"):
+        read_nccl_log(write(tmp_path, first + second))
+
+
+TEN, NINE = Times(10.0, 0.1, 0.2), Times(9.0, 0.3, 0.4)
+ITERATIONS = "1 2 3 4"  # times of single ones, behind each time
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        # reduction, root, out of place, in place, wrong results, groups of columns, checked out of place alone
+        ("sum 10 .1 .2 5e-07 9 .3 .4 1e+00", ("sum", None, TEN, NINE, 0, 2, False)),  # errors, no counts
+        ("sum -1 10 .1 .2 3 9 .3 .4 4", ("sum", -1, TEN, NINE, 7, 2, False)),
+        ("sum 2 10 .1 .2 0 9 .3 .4 0", ("sum", 2, TEN, NINE, 0, 2, False)),
+        ("sum -1 10 .1 .2 0 9 .3 .4 N/A", ("sum", -1, TEN, NINE, 0, 2, True)),
+        ("sum -1 10 .1 .2 N/A 9 .3 .4 N/A", ("sum", -1, TEN, NINE, 0, 2, False)),
+        ("sum -1 10 .1 .2 0", ("sum", -1, TEN, None, 0, 1, False)),
+        ("sum 10 .1 .2", ("sum", None, TEN, None, 0, 1, False)),
+        ("10 .1 .2 0 9 .3 .4 0", ("none", None, TEN, NINE, 0, 2, False)),
+        ("sum -1 N/A N/A N/A N/A 9 .3 .4 0", ("sum", -1, None, NINE, 0, 2, False)),
+        ("sum -1 N/A .1 .2 0 9 .3 .4 0", ("sum", -1, None, NINE, 0, 2, False)),
+        ("sum -1 10 N/A .2 0 9 .3 .4 0", ("sum", -1, None, NINE, 0, 2, False)),
+        ("sum -1 10 .1 N/A 0 9 .3 .4 0", ("sum", -1, None, NINE, 0, 2, False)),
+        ("sum -1 10 .1 .2 0 9 .3 .4 0 N/A N/A N/A", ("sum", -1, TEN, NINE, 0, 2, False)),  # rccl-tests -A 1
+        ("sum -1 10 .1 .2 0 9 .3 .4 0 Fri Jan 2 03:04:05 2026", ("sum", -1, TEN, NINE, 0, 2, False)),
+        (f"sum -1 10 .1 .2 0 {ITERATIONS} 9 .3 .4 5 {ITERATIONS}", ("sum", -1, TEN, NINE, 5, 2, False)),
+        ("sum -1 1e18 .1 .2 0", ("sum", -1, Times(1e18, 0.1, 0.2), None, 0, 1, False)),
+    ],
+)
+def test_the_numbers_of_a_row(tmp_path: Path, numbers: str, expected: tuple[object, ...]) -> None:
+    (section,) = read_sections(tmp_path, f"noise\n1024 256 float {numbers}\n")
+    assert section.rows == [Row(2, 1024, 256, "float", *expected)]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "says"),
+    [
+        ("sum -1 10 .1 .2 0 9 .3 .4 0 1 2 3", "is incomplete"),  # 11 numbers that are some
+        ("sum -1 10 .1 .2 0 9 .3", "is incomplete"),
+        ("sum -1 N/A N/A N/A N/A N/A N/A N/A N/A", "has no time"),
+        ("sum -1 1.1e18 .1 .2 0", "found the number 1.1e18"),
+        ("sum -1 -1.1e18 .1 .2 0", "found the number -1.1e18"),
+    ],
+)
+def test_rows_that_are_none_are_the_problem_of_their_run(tmp_path: Path, numbers: str, says: str) -> None:
+    (section,) = read_sections(tmp_path, f"1024 256 float {numbers}\n")
+    assert section.rows == []
+    assert says in str(section.problem)
+    assert section.problem is not None
+    assert section.problem.line == 1
+
+
+def test_a_launch_goes_on_where_a_backslash_ends_its_line(tmp_path: Path) -> None:
+    text = "$ mpirun -np 16 \\  \n  -N 8 \\\n  ./all_reduce_perf\n" + OLD_HEAD + OLD_ROWS + TAIL
+    (section,) = read_sections(tmp_path, text)
+    assert section.launch == "$ mpirun -np 16    -N 8    ./all_reduce_perf\n"
+    assert section.ranks[3] == ("beta", "A100-SXM4-40GB")
+    (other,) = read_sections(tmp_path, text.replace("A100-SXM4-40GB\n", "A100-SXM4-40GB  \n"))
+    assert other.ranks == section.ranks
+
+
+def test_the_version_said_first_is_that_of_the_run(tmp_path: Path) -> None:
+    head = "NCCL version 2.20.5\nNCCL version 2.19.3\n"
+    (section,) = read_sections(tmp_path, head + NEW_HEAD.replace("nccl-library=22902", "") + NEW_ROWS + TAIL)
+    assert section.version == "2.20.5"
+    later = "NCCL version 2.18.1\nNCCL version 2.17.1\n"
+    _, second = read_sections(tmp_path, head + OLD_HEAD + OLD_ROWS + TAIL + later + OLD_HEAD + OLD_ROWS + TAIL)
+    assert second.version == "2.18.1"
+
+
+@pytest.mark.parametrize(
+    ("config", "env", "says"),
+    [
+        ({"aggregated_iterations": 3}, [], "3 all-reduces ran in one group"),
+        ({"graph": 1}, [], "were replayed from a CUDA graph"),
+        ({"warmup_iters": 0}, [], "there was no warm-up"),
+        ({"blocking_collectives": "True"}, [], "the host waited for each all-reduce"),
+        ({"blocking_collectives": True}, [], "the host waited for each all-reduce"),
+        ({}, ["PATH=/bin", "NCCL_ALGO=Tree", "NCCL_PROTO=LL"], "NCCL_ALGO=Tree and NCCL_PROTO=LL was set"),
+        ({}, ["PATH=/bin", "MY_NCCL_HOST=1"], None),
+        ({"aggregated_iterations": 1, "graph": 0, "warmup_iters": 1, "blocking_collectives": "false"}, [], None),
+    ],
+)
+def test_json_says_how_the_times_were_made(
+    tmp_path: Path, config: dict[str, object], env: list[str], says: str | None
+) -> None:
+    devices = [{"hostname": "alpha", "device_info": "H100"}]
+    path = write(tmp_path, document(config={"ngpus": 2, "devices": devices} | config, env=env))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log = read_nccl_log(path)
+    assert len(caught) == (says is not None)
+    assert all(str(says) in str(warning.message) for warning in caught)
+    assert (log.num_gpus, log.num_nodes) == (2, 1)
+
+
+@pytest.mark.parametrize("okay", [False, "false", "False"])
+def test_json_whose_results_are_not_okay_is_refused(tmp_path: Path, okay: object) -> None:
+    with pytest.raises(FileFormatError, match="results were out of bounds"):
+        read_nccl_log(write(tmp_path, document(out_of_bounds={"count": 0, "okay": okay})))
+    for fine in (True, "true", "unchecked"):
+        assert read_nccl_log(write(tmp_path, document(out_of_bounds={"count": 0, "okay": fine}))).num_gpus == 2
+    assert read_nccl_log(write(tmp_path, document(out_of_bounds={}))).num_gpus == 2
+
+
+def one_result(out_of_place: object, in_place: object) -> str:
+    """4 MiB."""
+    plain = {"size": 2**22, "count": 2**20}
+    return document(results=[plain | {"out_of_place": out_of_place, "in_place": in_place}])
+
+
+def test_json_has_the_times_out_of_place_and_in_place(tmp_path: Path) -> None:
+    slow, fast = ({"time": 2**22 / rate / 1e3, "alg_bw": rate, "bus_bw": rate} for rate in (40.0, 80.0))
+    for halves in ((slow, fast), (fast, slow), (slow, None), (None, slow)):
+        (row,) = read_nccl_log(write(tmp_path, one_result(*halves))).measurements
+        expected = [half and pytest.approx(half["time"] / 1e6) for half in halves]
+        assert [row.out_of_place_s, row.in_place_s] == expected
+    wrong = [slow | {"nwrong": 3.0}, slow | {"nwrong": 4.0}]
+    with pytest.raises(FileFormatError, match="7 wrong results at 4194304 bytes"):
+        read_nccl_log(write(tmp_path, one_result(*wrong)))
+
+
+@pytest.mark.parametrize(
+    ("half", "says"),
+    [({"cpu_time": 3.0}, "results[0].in_place has CPU time"), ({}, "results[0].in_place has no 'time'")],
+)
+def test_json_without_the_time_of_the_collective_says_which_it_has(
+    tmp_path: Path, half: dict[str, object], says: str
+) -> None:
+    with pytest.raises(FileFormatError) as caught:
+        read_nccl_log(write(tmp_path, one_result(None, half)))
+    assert says in caught.value.message
+
+
+def test_json_of_groups_that_reduce_at_the_same_time_is_refused(tmp_path: Path) -> None:
+    devices = [{"rank": i, "group": i // 2, "hostname": "n", "device_info": "H100"} for i in range(4)]
+    with pytest.raises(FileFormatError, match="2 groups of GPUs at the same time"):
+        read_nccl_log(write(tmp_path, document(config={"devices": devices})))
+
+
+def test_json_without_a_version_has_none(tmp_path: Path) -> None:
+    assert read_nccl_log(write(tmp_path, document(nccl_version=None))).version is None

@@ -11,12 +11,14 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ptsim.errors import FileFormatError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.nccl_log import NcclLog, read_nccl_logs, with_nodes
+from ptsim.hardware.nccl_log.wrappers import unwrapped
 from ptsim.measure.collectives import tables_from_logs
 
 FOLDER = Path(__file__).parent / "nccl"
@@ -440,3 +442,48 @@ def test_a_message_may_cut_a_row_behind_any_prefix(form: str, tmp_path: Path) ->
     (log,) = read_nccl_logs(posted(tmp_path, "".join(WRAPPED[form](line) + "\n" for line in lines)))
     assert log.num_gpus == 8
     assert [(m.out_of_place_s, m.in_place_s) for m in log.measurements] == [(1e-3, 1e-3), (2e-3, 2e-3)]
+
+
+def nested(levels: int) -> dict[str, Any]:
+    """A line inside so many objects."""
+    return {"log": "x"} if levels == 0 else {"record": nested(levels - 1)}
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        # Docker's pieces: one without a newline goes on in the next, and leaves an empty line in its place.
+        ([{"log": "a"}, {"log": "b\n"}, {"log": "c\r\n"}, {"log": "d"}], ["", "ab", "c", "", "d"]),
+        # Kubernetes' pieces, of two streams; what has no end comes last.
+        (
+            [
+                f"{TIME} stdout P a",
+                f"{TIME} stderr F e",
+                f"{TIME} stdout F b",
+                f"{TIME} stdout F",
+                f"{TIME} stderr P f",
+            ],
+            ["", "e", "ab", "", "", "f"],
+        ),
+        (["a", {"log": "b\n"}, "{c}"], ["a", "b", "{c}"]),  # a launcher's own lines between a container's
+        ([nested(4)], ["x"]),
+        ([nested(5)], [as_json(**nested(5))]),
+        (["a \\n", 'b\\n"', "c\t|"], ["a", "b", "c"]),  # a notebook's cell, a quoted one, a table's
+        (["&lt;a&gt; <td class='x'>b</td>", "<stdout rank='0'>c</stdout>"], ["<a> b", "c"]),
+    ],
+)
+def test_what_was_wrapped_around_lines_is_taken_off(text: list[object], lines: list[str]) -> None:
+    given = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in text)
+    assert unwrapped(given).split("\n") == lines
+
+
+FIELDS = ["log", "message", "msg", "textPayload", "_raw", "line", "body", "content", "text"]
+TIMES = ["timestamp", "time", "@timestamp", "ts", "date", "__REALTIME_TIMESTAMP"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("time", TIMES)
+def test_entries_have_line_and_time_in_one_of_several_fields(field: str, time: str) -> None:
+    entries = [{field: line, time: str(number)} for number, line in enumerate("abc", start=1)]
+    assert unwrapped(json.dumps(entries)) == unwrapped(json.dumps(entries[::-1])) == "a\nb\nc"
+    assert unwrapped(json.dumps(entries[:1])) == "a"

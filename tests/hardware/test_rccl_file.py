@@ -10,6 +10,7 @@ import pytest
 
 from ptsim.errors import FileFormatError
 from ptsim.hardware.nccl_log import NcclLog, read_nccl_log, read_nccl_logs, with_nodes
+from ptsim.hardware.nccl_log.rccl_file import is_record_file
 from tests.hardware.test_nccl_log import OLD_HEAD, OLD_ROWS, TAIL
 
 
@@ -149,3 +150,69 @@ def test_what_cannot_be_trusted_is_refused(tmp_path: Path, text: str, says: str)
     with pytest.raises(FileFormatError, match=r"all_reduce\.out") as caught:
         read(tmp_path, text)
     assert says in caught.value.message
+
+
+def test_a_single_size_of_which_nothing_was_checked_is_read(tmp_path: Path) -> None:
+    (log,) = read(tmp_path, as_json([record(2**26, 500.0, wrong="N/A")]))
+    (row,) = log.measurements
+    assert (row.size_bytes, row.out_of_place_s, row.in_place_s) == (2**26, pytest.approx(500e-6), None)
+
+
+def test_processes_without_a_number_of_nodes_may_be_on_any(tmp_path: Path) -> None:
+    records = [{key: value for key, value in one.items() if key != "nodes"} for one in pairs()]
+    assert [log.num_nodes for log in read(tmp_path, as_json(records))] == [None]
+
+
+def test_empty_lines_and_spaces_behind_commas_change_nothing(tmp_path: Path) -> None:
+    plain = as_csv(pairs())
+    names, *rows = plain.splitlines()
+    spaced = "\n  \n".join([names.replace(",", " , "), *(row.replace(",", ", ") for row in rows)])
+    assert read(tmp_path, spaced) == read(tmp_path, plain)
+    objects = [json.dumps(one) for one in pairs()]
+    assert read(tmp_path, "\n \n".join(objects)) == read(tmp_path, as_json(pairs()))
+
+
+def test_a_csv_that_cannot_be_taken_apart_is_refused(tmp_path: Path) -> None:
+    """Python's reader takes no field of more than 131,072 characters."""
+    with pytest.raises(FileFormatError, match="not the CSV output of rccl-tests: field larger"):
+        read(tmp_path, as_csv(pairs()) + "9" * 131_073)
+
+
+@pytest.mark.parametrize(
+    ("algbw", "busbw", "read_it"),
+    [
+        # 0.3 % of the algorithm bandwidth of 0.5 GB/s, from 0.9375
+        (0.5, 0.9389, True),
+        (0.5, 0.9361, True),
+        (0.5, 0.9391, False),
+        (0.5, 0.9359, False),
+        # Of 10 kB/s, whose 18.75 are written with six digits behind the point: the one may be off by 1e-6 and the
+        # other by it times a factor of up to 2
+        (1e-5, 2.17e-5, True),
+        (1e-5, 2.19e-5, False),
+    ],
+)
+def test_bandwidths_that_differ_as_they_are_rounded_are_of_one_group(
+    tmp_path: Path, algbw: float, busbw: float, read_it: bool
+) -> None:
+    size = 2**26
+    one = record(size, size / algbw / 1e3, algBw=algbw, busBw=busbw)
+    if read_it:
+        assert len(read(tmp_path, as_json([one]))) == 1
+    else:
+        with pytest.raises(FileFormatError, match="groups of them reduced at the same time"):
+            read(tmp_path, as_json([one]))
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ('{"inPlace": 0, "algBw" : 1}', True),
+        ("algbw,inplace,time\n", True),
+        ("inplace: 1\n# size count algbw busbw\n", False),  # as text has it, without a comma
+        ("algbw, out of place\n", False),
+        ("#" * 1000 + '{"inPlace": 0, "algBw": 1}', False),  # far behind the beginning
+    ],
+)
+def test_record_files_are_told_by_two_fields_at_their_beginning(text: str, is_one: bool) -> None:
+    assert is_record_file(text) is is_one

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ptsim.prune.labels import Weighted
-from ptsim.prune.selection import keep_one, round_up
+from ptsim.prune.selection import balanced, keep_one, round_up
 
 
 def layer(name: str, inputs: list[int], outputs: list[int], groups: int = 1) -> Weighted:
@@ -60,6 +60,8 @@ def test_the_most_important_channel_of_an_empty_axis_stays(
         ({0, 1, 2, 6, 7, 4}, {0, 1, 2, 6, 7, 4}),  # the first group goes as a whole, the second loses an input
         ({0, 1, 2, 3, 4, 5}, {0, 1, 3, 5}),  # 4 is the most important; two go of each
         ({0, 1, 2, 6, 8}, {6, 8}),  # no input of the second group goes, one output of each does
+        ({6, 7}, set()),  # all outputs of the first group, none of its inputs
+        ({0, 1, 2}, set()),  # all its inputs, none of its outputs
     ],
 )
 def test_the_groups_of_a_grouped_convolution_stay_equal(gone: set[int], goes: set[int]) -> None:
@@ -68,6 +70,12 @@ def test_the_groups_of_a_grouped_convolution_stay_equal(gone: set[int], goes: se
     assert left(keep_one(groups, mask(gone, 10), importance)[0]) == goes
     depthwise = Weighted("a", "a.weight", 2, True, False, groups.layers[0].inputs, groups.layers[0].outputs, ())
     assert left(keep_one(network(depthwise), mask({0, 1, 4}, 10), importance)[0]) == {0, 1, 4}
+
+
+def test_a_grouped_convolution_of_which_everything_goes_is_equal() -> None:
+    groups = network(layer("a", [0, 1, 2, 3, 4, 5], [6, 7, 8, 9], groups=2))
+    everything = mask(set(range(10)), 10)
+    assert left(balanced(groups, everything, torch.ones(10))) == set(range(10))
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,33 @@ def test_a_recorded_loader_is_as_fast_as_in_the_fastest_epoch_that_waited_for_it
     assert kept_up.notes([1.0]) == ["the recorded run did not wait for data: input keeps up"]
 
 
+def test_an_epoch_that_was_not_timed_or_had_no_images_tells_no_pace(trace: Trace) -> None:
+    """Of 2,400 images by 4 ranks in 12 s; the others say nothing."""
+    waited, untimed, empty = (
+        msgspec.structs.replace(
+            epoch,
+            world_size=4,
+            num_images=2400,
+            measured_time=msgspec.structs.replace(epoch.time, wall_s=12.0, data_wait_s=6.0),
+        )
+        for epoch in trace.epochs[:3]
+    )
+    untimed = msgspec.structs.replace(untimed, measured_time=None)
+    empty = msgspec.structs.replace(empty, num_images=0)
+    for epochs, expected in (((waited, untimed, empty), pytest.approx(50.0)), ((untimed, empty), None)):
+        fed = feed(msgspec.structs.replace(trace, epochs=epochs), input_images_per_s="recorded")
+        assert fed.images_per_s == expected
+
+
+def test_a_clusters_own_storage_feeds_where_no_other_is_given(trace: Trace) -> None:
+    """0.57 bytes of each of 1,024 pixels: 8 GPUs share 1,000 images/s, or half of them if the option says so."""
+    bytes_per_s = 0.57 * 1024 * 1000
+    where = msgspec.structs.replace(cluster(), cores_per_node=1000, storage_bandwidth_bytes_per_s=bytes_per_s)
+    for options, rate in (({}, 125.0), ({"input_storage_bytes_per_s": bytes_per_s / 2}, 62.5)):
+        fed = Feed(Scenario(trace, where, 8, change(Options(), {"input": "dali", **options})))
+        assert fed.images_per_s == pytest.approx(rate)
+
+
 @pytest.mark.parametrize(
     ("gpus", "jobs", "network", "placement", "sharing"),
     [

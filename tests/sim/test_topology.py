@@ -272,6 +272,27 @@ def test_an_oversubscribed_leaf_slows_what_crosses_it() -> None:
     assert simulate_all_reduces(thin, [job]).seconds[0] == pytest.approx(2 * full, rel=1e-3)
 
 
+def test_an_uplink_that_is_a_little_too_small_is_on_the_path_and_a_whole_one_is_not() -> None:
+    # 2 nodes a leaf, 3:2: 2 x 10 / 1.5 = 13.3 GB/s up
+    for oversubscription, pipes in ((1.5, ("leaf 0 up", "leaf 1 down")), (1.0, ())):
+        thin = msgspec.structs.replace(ONE_GPU_NODES, oversubscription=oversubscription, nodes_per_leaf=2)
+        fabric = Fabric(thin, 4)
+        expected = ("gpu 0 out", "node 0 out", *pipes, "node 2 in", "gpu 2 in")
+        assert fabric.path(0, 2)[0] == expected
+        assert all(fabric.rates[pipe] == pytest.approx(2e10 / 1.5) for pipe in pipes)
+        assert fabric.path(0, 1)[0] == ("gpu 0 out", "node 0 out", "node 1 in", "gpu 1 in")  # of one leaf
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "tree"])
+def test_the_stages_of_one_byte_tell_the_time_of_any_message(algorithm: str) -> None:
+    stages = Fabric(ONE_NODE, 8).stages(PlacedJob(ranks=ranks(8), message_bytes=1.0, algorithm=algorithm))
+    expected = {
+        "ring": ring_all_reduce_seconds(1e6, 8, SLOW),
+        "tree": tree_all_reduce_seconds(1e6, 8, SLOW, num_chunks=64),
+    }
+    assert sum(stage.seconds(1e6) for stage in stages) == pytest.approx(expected[algorithm])
+
+
 def test_a_thousand_ranks_take_the_closed_form_too() -> None:
     result = simulate_all_reduces(ONE_GPU_NODES, [PlacedJob(ranks=ranks(1024), message_bytes=1e8)])
     assert result.seconds[0] == pytest.approx(ring_all_reduce_seconds(1e8, 1024, SLOW), rel=1e-3)
@@ -283,6 +304,8 @@ def test_a_thousand_ranks_take_the_closed_form_too() -> None:
         (PlacedJob(ranks=(), message_bytes=1), "GPUs are needed"),
         (PlacedJob(ranks=(1, 1), message_bytes=1), "each once"),
         (PlacedJob(ranks=(0, 1), message_bytes=-1), "0 bytes or more"),
+        (PlacedJob(ranks=(0, 1), message_bytes=1, num_chunks=0), "at least one chunk"),
+        (PlacedJob(ranks=(0, 1), message_bytes=1, repeat=0), "one repetition"),
         (PlacedJob(ranks=(0, 1, 2, 3, 4), message_bytes=1, algorithm="hierarchical"), "as many GPUs on every node"),
     ],
 )

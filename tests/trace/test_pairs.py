@@ -15,8 +15,10 @@ from ptsim.trace.pairs import (
     pace,
     run_labels,
     setting_labels,
+    task_of,
     time_differences,
 )
+from ptsim.trace.schema import Draw
 from tests.traces import CPU, dense_trace, shrinking_trace
 
 
@@ -401,3 +403,148 @@ def test_a_held_run_has_the_ranks_that_the_run_began_with(folder: Path) -> None:
     )
     held = held_dense(msgspec.structs.replace(run, epochs=epochs))
     assert [(epoch.world_size, epoch.time.wall_s) for epoch in held.epochs] == [(1, 19.0)] * 4
+
+
+def with_settings(trace: ptsim.Trace, **settings: object) -> ptsim.Trace:
+    run = msgspec.structs.replace(trace.run, hyperparameters=trace.run.hyperparameters | settings)
+    return msgspec.structs.replace(trace, run=run)
+
+
+def with_data(trace: ptsim.Trace, **changes: object) -> ptsim.Trace:
+    dataset = msgspec.structs.replace(trace.run.dataset, **changes)
+    return msgspec.structs.replace(trace, run=msgspec.structs.replace(trace.run, dataset=dataset))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"name": "other"}, "data set {name} with other"),
+        ({"num_classes": 7}, "classes {num_classes} with 7"),
+        ({"num_train": 5}, "training images {num_train} with 5"),
+        ({"input_shape": (3, 8, 8)}, "image shape {input_shape} with (3, 8, 8)"),
+    ],
+)
+def test_what_makes_another_task_is_named(folder: Path, changes: dict[str, object], says: str) -> None:
+    (run,) = read(shrinking_trace(folder / "a.jsonl"))
+    data = run.run.dataset
+    fields = {name: getattr(data, name) for name in ("name", "num_classes", "num_train", "input_shape")}
+    assert [str(difference) for difference in time_differences(run, with_data(run, **changes))] == [
+        says.format(**fields)
+    ]
+
+
+def test_a_task_in_words(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "a.jsonl", model="resnet20"))
+    run = with_data(run, name="digits", num_classes=10, num_train=1437, input_shape=(1, 8, 8))
+    words = "network resnet20, data set digits, classes 10, training images 1437, image shape (1, 8, 8)"
+    assert task_of(run) == words
+    long = msgspec.structs.replace(run, run=msgspec.structs.replace(run.run, model="m" * 300))
+    assert len(task_of(long)) == len(words) - len("resnet20") + 200
+
+
+def test_data_that_is_no_folder_of_images_keeps_its_name_wherever_it_lies(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "a.jsonl"))
+    assert data_name(with_settings(with_data(run, name="cifar10"), data_dir="/data/copies")) == "cifar10"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "seed", "data_dir", "download", "num_workers", "num_threads", "device", "profile", "keep_every",
+        "record_channel_maxima", "loggers",
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_change_what_is_trained_make_no_other_setting(folder: Path, name: str) -> None:
+    (run,) = read(shrinking_trace(folder / "a.jsonl"))
+    one, other = (with_settings(run, **{name: value}) for value in ("a", "b"))
+    assert len(set(setting_labels([one, other]))) == 1
+    assert len(set(setting_labels([with_settings(run, weight_decay=value) for value in (0.1, 0.2)]))) == 2
+
+
+def test_the_order_of_settings_makes_no_other_setting(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "a.jsonl"))
+    turned = dict(reversed(run.run.hyperparameters.items()))
+    other = msgspec.structs.replace(run, run=msgspec.structs.replace(run.run, hyperparameters=turned))
+    assert len(set(setting_labels([run, other]))) == 1
+
+
+def test_schedules_and_mini_batches_that_differ_are_named(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "a.jsonl"))
+    batches = [with_settings(run, dynamic_batch=dynamic) for dynamic in (True, False)]
+    assert run_labels(batches) == ["PruneTrain r=0.2, dynamic mini-batch", "PruneTrain r=0.2, fixed mini-batch"]
+    schedules = [with_settings(run, schedule=schedule) for schedule in ("continuous", "one_time", "ssl")]
+    assert run_labels(schedules) == ["PruneTrain r=0.2", "one-time pruning r=0.2", "SSL r=0.2"]
+    assert run_labels([with_settings(run, penalty_ratio=None)]) == ["PruneTrain"]
+
+
+def test_a_run_without_a_dense_one_has_a_baseline_and_no_pace(folder: Path) -> None:
+    """The run's own epochs, held, would have its own pace."""
+    (run,) = read(shrinking_trace(folder / "a.jsonl"))
+    planned = msgspec.structs.replace(run, run=msgspec.structs.replace(run.run, origin="planned"))
+    for trace, made in ((run, "recorded"), (planned, "planned")):
+        (comparison,) = compare_runs([trace])
+        assert comparison.notes == (
+            f"no dense run was {made}: the first architecture, held for every epoch, stands in for it",
+        )
+        assert (comparison.trained, pace(comparison)) == (False, None)
+
+
+def test_a_held_run_has_no_penalty_no_sparsity_and_what_was_recorded_of_its_gpu(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "a.jsonl"))
+    sparse = tuple(msgspec.structs.replace(epoch, channel_sparsity=0.25, weight_sparsity=0.5) for epoch in run.epochs)
+    for epoch in held_dense(msgspec.structs.replace(run, epochs=sparse)).epochs:
+        assert (epoch.penalty, epoch.penalty_coefficient) == (0.0, 0.0)
+        assert (epoch.channel_sparsity, epoch.weight_sparsity) == (0.0, 0.0)
+    unwatched = tuple(msgspec.structs.replace(epoch, device=None) for epoch in run.epochs)
+    held = held_dense(msgspec.structs.replace(run, epochs=unwatched))
+    assert [epoch.device for epoch in held.epochs] == [None] * len(run.epochs)
+
+
+def test_the_nearest_dense_run_begins_with_the_mini_batch_that_the_pruned_run_begins_with(folder: Path) -> None:
+    pruned, dense = read(shrinking_trace(folder / "a.jsonl"), dense_trace(folder / "b.jsonl"))
+    first, *rest = pruned.epochs
+    grown = [msgspec.structs.replace(epoch, batch_per_gpu=2 * first.batch_per_gpu) for epoch in rest]
+    pruned = msgspec.structs.replace(pruned, epochs=(first, *grown))
+    twice = tuple(msgspec.structs.replace(epoch, batch_per_gpu=2 * epoch.batch_per_gpu) for epoch in dense.epochs)
+    others = [msgspec.structs.replace(dense, epochs=twice), dense]
+    for order in (others, others[::-1]):
+        (comparison,) = compare_runs([pruned, *order])
+        assert comparison.baseline.epochs[0].batch_per_gpu == first.batch_per_gpu
+
+
+def test_runs_of_other_networks_are_named_by_them_and_by_the_mini_batch_that_they_begin_with(folder: Path) -> None:
+    runs = read(*(dense_trace(folder / f"{model}.jsonl", model=model) for model in ("vgg11", "resnet20")))
+    assert run_labels(runs) == ["vgg11, dense", "resnet20, dense"]
+    assert [d.what for d in time_differences(*runs)] == ["network"]
+    first, *rest = runs[0].epochs
+    doubled = msgspec.structs.replace(first, batch_per_gpu=2 * first.batch_per_gpu, passes=4)
+    others = [msgspec.structs.replace(runs[0], epochs=(one, *rest)) for one in (first, doubled)]
+    assert run_labels(others) == ["dense, mini-batch 64", "dense, mini-batch 128 in 4 passes"]
+
+
+def test_a_run_that_was_pruned_at_its_end_shrank_in_no_epoch(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "a.jsonl"))
+    second = next(i for i, epoch in enumerate(run.epochs) if epoch.architecture != run.epochs[0].architecture)
+    (comparison,) = compare_runs([msgspec.structs.replace(run, epochs=run.epochs[: second + 1])])  # two networks
+    assert comparison.shrank
+    (at_the_end,) = compare_runs([msgspec.structs.replace(run, epochs=run.epochs[:1])])
+    assert not at_the_end.shrank
+
+
+def test_a_pruned_run_that_nobody_timed_has_no_pace(folder: Path) -> None:
+    pruned, dense = read(shrinking_trace(folder / "a.jsonl"), dense_trace(folder / "b.jsonl"))
+    untimed = tuple(msgspec.structs.replace(epoch, measured_time=None) for epoch in pruned.epochs)
+    (comparison,) = compare_runs([msgspec.structs.replace(pruned, epochs=untimed), dense])
+    assert comparison.trained
+    assert pace(comparison) is None
+
+
+def test_a_held_run_has_the_first_network_alone_and_nothing_that_belongs_to_others(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "a.jsonl"))
+    first = run.epochs[0].architecture
+    seen = tuple(msgspec.structs.replace(epoch, channel_maxima={"conv": (0.5,)}) for epoch in run.epochs)
+    drawn = msgspec.structs.replace(run, epochs=seen, draws=(Draw(seed=1, architectures=((0, first),)),))
+    held = held_dense(drawn)
+    assert (tuple(held.networks), held.draws, held.reconfigurations) == ((first,), (), ())
+    assert len(run.networks) > 1
+    assert all(epoch.channel_maxima is None for epoch in held.epochs)

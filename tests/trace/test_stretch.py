@@ -179,3 +179,46 @@ def test_a_draw_changes_where_its_epochs_come_from(
     draw = Draw(seed=1, architectures=((0, "a"), (2, "b"), (4, "c"), (6, "d")))  # d is what the run ends with
     (made,) = stretch(msgspec.structs.replace(trace, draws=(draw,)), epochs=epochs).draws
     assert made.architectures == starts
+
+
+def test_as_many_epochs_as_anybody_trains_are_taken(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ptsim.trace.stretch.MOST_EPOCHS", 12)
+    assert len(stretch(trace, epochs=12).epochs) == 12
+    with pytest.raises(UsageError, match="epochs is 13, expected at most 12"):
+        stretch(trace, epochs=13)
+
+
+def test_a_trace_without_epochs_cannot_be_stretched(trace: Trace) -> None:
+    with pytest.raises(UsageError, match="has no finished epoch"):
+        stretch(msgspec.structs.replace(trace, epochs=()), epochs=3)
+
+
+def test_what_was_not_asked_for_is_not_told(trace: Trace) -> None:
+    (images,), (epochs,) = (stretch(trace, **wish).run.assumed for wish in ({"images": 5000}, {"epochs": 12}))
+    recorded = trace.epochs[0].num_images
+    share = "every architecture keeps its share of the run"
+    assert images.what == f"5,000 images an epoch instead of {recorded:,}: {share}"
+    assert epochs.what == f"12 epochs instead of 6: {share}"
+
+
+def test_settings_say_how_many_epochs_there_are(trace: Trace) -> None:
+    settings = trace.run.hyperparameters
+    assert stretch(trace, epochs=12).run.hyperparameters == settings | {"epochs": 12}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [((2.0, 3.0), 3.0), ((2.0, None), 2.0), ((None, 3.0), 3.0), ((None, None), None)]
+)
+def test_joined_reconfigurations_take_what_the_last_measured_one_took(
+    trace: Trace, seconds: tuple[float | None, ...], expected: float | None
+) -> None:
+    """Of six epochs: what happened after the second and the fourth becomes one, after the first of two."""
+    first, second, *_ = (event for event in trace.reconfigurations if event.before != event.after)
+    events = tuple(
+        msgspec.structs.replace(event, measured_duration_s=took)
+        for event, took in zip((first, second), seconds, strict=True)
+    )
+    (joined,) = stretch(msgspec.structs.replace(trace, reconfigurations=events), epochs=2).reconfigurations
+    assert joined.measured_duration_s == expected
+    assert (joined.before, joined.after) == (first.before, second.after)
+    assert joined.channels_removed == first.channels_removed + second.channels_removed
