@@ -691,8 +691,11 @@ def test_json_has_the_times_out_of_place_and_in_place(tmp_path: Path) -> None:
         expected = [half and pytest.approx(half["time"] / 1e6) for half in halves]
         assert [row.out_of_place_s, row.in_place_s] == expected
     wrong = [slow | {"nwrong": 3.0}, slow | {"nwrong": 4.0}]
-    with pytest.raises(FileFormatError, match="7 wrong results at 4194304 bytes"):
+    with pytest.raises(FileFormatError) as caught:
         read_nccl_log(write(tmp_path, one_result(*wrong)))
+    assert ": 7 wrong results at 4194304 bytes" in caught.value.message
+    with pytest.raises(FileFormatError, match="neither an out-of-place nor an in-place time"):
+        read_nccl_log(write(tmp_path, one_result(None, None)))
 
 
 @pytest.mark.parametrize(
@@ -715,3 +718,13 @@ def test_json_of_groups_that_reduce_at_the_same_time_is_refused(tmp_path: Path) 
 
 def test_json_without_a_version_has_none(tmp_path: Path) -> None:
     assert read_nccl_log(write(tmp_path, document(nccl_version=None))).version is None
+
+
+def test_a_row_that_a_page_broke_may_go_on_with_what_was_not_checked(tmp_path: Path) -> None:
+    (section,) = read_sections(
+        tmp_path, "1024 256 float sum -1 10 .1 .2 0 9\n .3 .4 N/A\n2048 512 float sum -1 10 .1 .2 0\n"
+    )
+    assert section.rows == [
+        Row(1, 1024, 256, "float", "sum", -1, TEN, NINE, 0, 2, True),
+        Row(3, 2048, 512, "float", "sum", -1, TEN, None, 0, 1, False),
+    ]
