@@ -355,14 +355,19 @@ def test_a_sharded_step_of_two_nodes_scatters_and_gathers_in_rings(trace: Trace)
 def test_further_passes_sum_up_gradients_and_cast_again(
     trace: Trace, gpus: int, precision: str, num_bytes: int
 ) -> None:
-    """A sum reads two numbers and writes one; in half precision weights and gradients are cast, 2 and 4 bytes each."""
+    """A sum reads two numbers and writes one, with a kernel per tensor, which takes the least time of one.
+
+    In half precision weights and gradients are cast, 2 and 4 bytes each.
+    """
     epochs = tuple(msgspec.structs.replace(epoch, device=None) for epoch in trace.epochs)  # without samples of power
     unmeasured = msgspec.structs.replace(trace, profiles=(), epochs=epochs)
     network = trace.network_of(trace.epochs[0])
     once, four = (
         run(unmeasured, gpus, precision=precision, micro_batches=passes, jitter=0.0).epochs[0] for passes in (1, 4)
     )
-    again_s = num_bytes * network.num_parameters / (load_fit().efficiency.stream_bandwidth * 1555e9)
+    fitted = load_fit().efficiency
+    again_s = num_bytes * network.num_parameters / (fitted.stream_bandwidth * 1555e9)
+    again_s += len(network.gradients) * fitted.launch_s
     again_s *= 1 + load_scaling().slowdown * (gpus > 1)
     assert four.optimizer_s - once.optimizer_s == pytest.approx(3 * again_s)
     assert four.step_s == pytest.approx(four.compute_s + four.exposed_communication_s)
