@@ -111,8 +111,10 @@ def main() -> None:
     options = parser.parse_args()
     kept = pd.read_csv(options.csv) if options.csv is not None and options.csv.is_file() else pd.DataFrame()
     for part in check(options.models):
-        print(part.iloc[0].model, len(part), "rows", file=sys.stderr, flush=True)
-        kept = pd.concat([kept, part], ignore_index=True).drop_duplicates(KEY, keep="last")
+        model, size = part.iloc[0].model, part.iloc[0].image_size
+        print(model, len(part), "rows", file=sys.stderr, flush=True)
+        others = kept[(kept.model != model) | (kept.image_size != size)] if len(kept) else kept
+        kept = pd.concat([others, part], ignore_index=True)
         if options.csv is not None:
             write_whole(options.csv, kept.sort_values(KEY).to_csv(index=False))
     frame = kept.reset_index(drop=True)
