@@ -316,8 +316,10 @@ def check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | No
     communication: dict[int, _Communication] = {}
     if cluster is not None:
         overlap = not trace.compiled  # a compiled step's gradients become ready together, at its end
-        how = {"overlap": overlap, "buffers": trace.broadcasts_buffers}
-        communication = {size: _Communication(cluster, size, **how) for size in parallel_sizes}
+        communication = {
+            size: _Communication(cluster, size, overlap=overlap, buffers=trace.broadcasts_buffers)
+            for size in parallel_sizes
+        }
     device = match_device(run.device.name)
     energy = _Energy(trace, device, cluster)
     wrapped = {trace.epochs[0].epoch, *(event.epoch + 1 for event in changes(trace))}  # in front of these epochs

@@ -30,6 +30,7 @@ class Gradient(NamedTuple):
     masks: int = 0  # of booleans, as large as the result or, where it is an operand, as the mask
 
 
+POSITION_BYTES = 8  # of an index
 _HANDED_ON = Gradient(0, 0)
 _NEGATIVE, _SCALED, _MASKED = Gradient(2), Gradient(2), Gradient(2, masks=1)  # the gradient in, another one out
 _DIVISOR = Gradient(8, 4, 1, 2)  # of a / b: −dy, a / b, that / b, and their product
@@ -214,6 +215,6 @@ def gradient_of_pool(layer: Layer, batch: int, given: int, width: int) -> Moved 
 
 
 def positions_bytes(layer: Layer, batch: int) -> int:
-    """Of a pool, or a largest or least element along an axis, that tells where it was found: 8 bytes each."""
+    """Of a pool, or a largest or least element along an axis, that tells where it was found."""
     told = layer.op in ("max", "min") or "max_pool" in layer.op
-    return 8 * layer.output_elements * batch if told else 0
+    return POSITION_BYTES * layer.output_elements * batch if told else 0

@@ -46,8 +46,9 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         input_gradient, weight_gradient, strided: rate of these passes relative to the forward pass.
         product_bandwidth, stream_bandwidth, norm_bandwidth, layout_bandwidth: share of the memory bandwidth that
             products, element-wise kernels, normalisations and layout conversions reach.
-        elements_per_clock: elements that one SM reads and writes per clock, at most, in kernels that stream, normalise
-            or convert layouts: a thread has a fixed number of them in flight (Little's law), however few their bytes.
+        elements_per_clock: elements that one SM reads from memory and writes to it per clock, at most, in kernels that
+            stream, normalise or convert layouts: a thread has a fixed number of them in flight (Little's law), however
+            few their bytes. From the cache they come as much faster as bytes do.
         norm_block: SMs' shares of the bandwidth that one block of a BatchNorm draws: with few blocks SMs idle.
         pascal_bandwidth: bandwidth that the Pascal memory controllers deliver relative to their successors' share; the
             Volta white paper says 1.5 × in all for V100 over P100, whose stated bandwidths differ 1.23 ×: 0.82.
@@ -272,9 +273,9 @@ def kernel_seconds(kernels: Kernels, chip: Chip, efficiency: Efficiency) -> Floa
         e.elements_per_clock * kernels.element_bytes * chip.num_sms * _clock_hz(chip, e) * nearer
     )  # bytes a second
     streams = (kernels.work == Work.STREAM) | (kernels.work == Work.NORM)
-    streaming = _overlapped(memory, kernels.moved_bytes / (reading * in_flight), e)
-    memory = np.where(streams, streaming, memory)
-    layout = _overlapped(kernels.layout_bytes / (e.layout_bandwidth * bandwidth), kernels.layout_bytes / in_flight, e)
+    held = kernels.moved_bytes / (np.minimum(1.0, kernels.blocks / chip.num_sms) * in_flight)  # a block is on one SM
+    memory = np.where(streams, np.maximum(memory, held), memory)
+    layout = kernels.layout_bytes / np.minimum(e.layout_bandwidth * bandwidth, in_flight)
     compute = np.zeros_like(memory)
     is_product, is_depthwise = kernels.work == Work.PRODUCT, kernels.work == Work.DEPTHWISE
     product = _product_seconds(kernels, chip, e)

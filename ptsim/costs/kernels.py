@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptsim.costs.backward import (
+    POSITION_BYTES,
     Moved,
     gradient_of_elementwise,
     gradient_of_pool,
@@ -68,6 +69,8 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         layer: position in `network.layers`.
         m, n, k, groups: shape of the product; multiply–accumulates are m·n·k·groups.
+        element_bytes: of a product's operands; elsewhere of what it reads and writes, in the mean (backward: of its
+            layer's output).
         winograd: a 3×3 convolution with stride 1, for which fp32 kernels exist that multiply less, for groups too
             (cuDNN developer guide, algorithms of cudnnConvolutionForward: group count greater than 0).
         strided: the gradient of a strided convolution's input, or a strided transposed convolution, whose output pixels
@@ -435,18 +438,22 @@ def _kernels_of(
             yield from _backward(index, second, 2 * x, width)
         case LayerKind.ELEMENTWISE:
             before = made_first(layer, batch, given, width)
-            moved = x + y + layer.num_parameters * given + before.num_bytes
-            yield _stream(index, forward, moved, x + y, width, 1 + before.kernels)
+            operands = x + layer.num_parameters * given
+            element_bytes = _mean_bytes((operands, given), (y, width))
+            yield _stream(index, forward, operands + y + before.num_bytes, x + y, element_bytes, 1 + before.kernels)
             yield from _backward(index, gradient_of_elementwise(layer, batch, given, width), x + y, width)
         case LayerKind.POOL:
-            yield _stream(index, forward, x + y + positions_bytes(layer, batch), x + y, width)
+            positions = positions_bytes(layer, batch)
+            element_bytes = _mean_bytes((x + y, width), (positions, POSITION_BYTES))
+            yield _stream(index, forward, x + y + positions, x + y, element_bytes)
             yield from _backward(index, gradient_of_pool(layer, batch, given, width), x + y, width)
         case LayerKind.CONCAT:  # backward hands out slices, which are views
             yield _stream(index, forward, 2 * y, 2 * y, width)
         case LayerKind.DROPOUT:
-            mask = float(layer.output_elements * batch)
-            yield _stream(index, forward, x + y + mask, x + y, width)
-            yield _stream(index, backward, x + y + mask, x + y, width)
+            mask = float(layer.output_elements * batch)  # a byte each
+            element_bytes = _mean_bytes((x + y, width), (mask, 1))
+            yield _stream(index, forward, x + y + mask, x + y, element_bytes)
+            yield _stream(index, backward, x + y + mask, x + y, element_bytes)
         case LayerKind.RESHAPE:
             yield _stream(index, forward, 2 * y, 2 * y, width)
             yield _stream(index, backward, 2 * y, 2 * y, width)
@@ -473,6 +480,12 @@ def _linear_kernels(layer: Layer, rows: float, element: int, index: int) -> Iter
         pairs = layer.out_channels * layer.in_channels
         products = product_kernels(rows, pairs, second, element=element, index=index)
         yield from (kernel for kernel in products if kernel.step is Pass.INPUT_GRADIENT)
+
+
+def _mean_bytes(*parts: tuple[float, int]) -> float:
+    """Bytes of an element in the mean over these parts, each with its bytes and those of one of its elements."""
+    elements = sum(size / each for size, each in parts)
+    return sum(size for size, _ in parts) / elements if elements else float(parts[0][1])
 
 
 def _stream(index: int, step: Pass, moved: float, footprint: float, element: float, launches: float = 1.0) -> Kernel:

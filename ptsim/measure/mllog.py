@@ -21,7 +21,7 @@ import msgspec
 
 from ptsim.errors import FileFormatError
 from ptsim.hardware.catalog import device_names
-from ptsim.hardware.nccl_log.wrappers import unwrapped
+from ptsim.loglines import unwrapped
 from ptsim.textfile import decode_json, decode_text, read_bytes, unpacked
 
 _MARK = ":::MLLOG"
@@ -119,7 +119,7 @@ def read_mllog(path: str | Path) -> MlperfRun:
     values = _values(path, lines)
     if _NO_IMAGES.match(benchmark := _text(values.get("submission_benchmark")) or ""):
         problem = f"is of the benchmark {benchmark}, whose samples are not the images of a CNN"
-        raise FileFormatError(path, f"{problem}; expected one of {', '.join(_IMAGES)}")
+        raise FileFormatError(path, f"{problem}; expected a benchmark of images, such as {', '.join(_IMAGES)}")
     global_batch = _count(path, values, "global_batch_size")
     samples, note = _samples(path, values, global_batch, old=_OLD.search(text) is not None)
     epochs = _epochs(lines, samples)

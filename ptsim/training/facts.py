@@ -92,11 +92,7 @@ def reducer_settings(reducer: nn.Module | None) -> dict[str, bool]:
     """What costs depend on of the DistributedDataParallel that calls the network, under the names of its arguments."""
     if not isinstance(reducer, nn.parallel.DistributedDataParallel):
         return {}
-    sends = getattr(reducer, "forward_sync_buffers", None)  # torch's newer name
-    return {
-        "gradient_as_bucket_view": bool(reducer.gradient_as_bucket_view),
-        "broadcast_buffers": bool(reducer.broadcast_buffers if sends is None else sends),
-    }
+    return {name: bool(getattr(reducer, name)) for name in ("gradient_as_bucket_view", "broadcast_buffers")}
 
 
 def widths(network: Network) -> dict[str, int]:

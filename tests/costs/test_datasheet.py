@@ -442,16 +442,21 @@ SLOW = {"efficiency": {"elements_per_clock": 1e-2}}
         ({"work": Work.STREAM, "chip": {"pascal": 1.0}}, 1 / 0.8 / 1.5 / 0.5),
         ({"work": Work.STREAM, "layout_bytes": 2e6}, 1 / 0.8 / 1.5 + 2 / 0.25 / 1.5),
         # At most 40 million elements a second through 4 SMs at 1 GHz, however many bytes they have; from the cache 1.5
-        # times as many. With an exponent of 1 that time adds to the memory's.
-        ({"work": Work.STREAM, **SLOW}, 1 / 0.8 / 1.5 + 0.25 / 0.04 / 1.5),
-        ({"work": Work.STREAM, **SLOW, "element_bytes": 2.0}, 1 / 0.8 / 1.5 + 0.5 / 0.04 / 1.5),
-        ({"work": Work.STREAM, **SLOW, "chip": {"num_sms": 8.0}}, 1 / 0.8 / 1.5 + 0.25 / 0.08 / 1.5),
-        ({"work": Work.STREAM, **SLOW, "chip": {"boosts": 1.0}}, 1 / 0.8 / 1.5 + 0.25 / 0.05 / 1.5),
-        ({"work": Work.STREAM, **SLOW, "chip": {"pascal": 1.0}}, 1 / 0.8 / 1.5 / 0.5 + 0.25 / 0.04 / 1.5),
-        ({"work": Work.NORM, **SLOW, "blocks": 2.0}, (1 / 0.4 + 0.25 / 0.04) / 1.5 * 4 / 3),
+        # times as many. A block is on one SM. The slower of the two limits decides.
+        ({"work": Work.STREAM, **SLOW}, 0.25 / 0.04 / 1.5),
+        ({"work": Work.STREAM, **SLOW, "element_bytes": 2.0}, 0.5 / 0.04 / 1.5),
+        ({"work": Work.STREAM, **SLOW, "chip": {"num_sms": 8.0}}, 0.25 / 0.08 / 1.5),
+        ({"work": Work.STREAM, **SLOW, "chip": {"boosts": 1.0}}, 0.25 / 0.05 / 1.5),
+        ({"work": Work.STREAM, **SLOW, "chip": {"pascal": 1.0}}, 0.25 / 0.04 / 1.5),
+        ({"work": Work.STREAM, "efficiency": {"elements_per_clock": 0.05}}, 0.25 / 0.2 / 1.5),  # 0.8 GB/s, as memory
+        ({"work": Work.STREAM, "efficiency": {"elements_per_clock": 0.06}}, 1 / 0.8 / 1.5),
+        ({"work": Work.STREAM, "efficiency": {"elements_per_clock": 0.06}, "element_bytes": 2.0}, 0.5 / 0.24 / 1.5),
+        ({"work": Work.NORM, **SLOW, "blocks": 2.0}, 0.25 / 0.04 / 1.5 * 2),
+        ({"work": Work.NORM, **SLOW, "blocks": 3.0}, 0.25 / 0.04 / 1.5 * 4 / 3),
+        ({"work": Work.NORM, **SLOW, "blocks": 5.0}, 0.25 / 0.04 / 1.5),
         ({"work": Work.DEPTHWISE, "m": 0, **SLOW}, 1 / 0.2 / 1.5),
         (SLOW, 1 / 0.5 / 1.5 + 1e3 * TILE_S),  # products keep their operands
-        ({**SLOW, "layout_bytes": 2e6, "element_bytes": 2.0}, (1 / 0.5 + 2 / 0.25 + 1 / 0.04) / 1.5 + 1e3 * TILE_S),
+        ({**SLOW, "layout_bytes": 2e6, "element_bytes": 2.0}, (1 / 0.5 + 1 / 0.04) / 1.5 + 1e3 * TILE_S),
         ({"work": Work.STREAM, "launches": 3.0, "efficiency": {"launch_s": 1e-3, "product_s": 5e-3}}, 1 / 1.2 + 3),
         # A product multiplies, too, and of its launches one takes 5 ms.
         ({"k": 64 * 256}, 1 / 0.5 / 1.5 + 1e3 * 256 * TILE_S / 4),

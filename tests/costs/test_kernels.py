@@ -519,3 +519,28 @@ def test_only_the_operand_of_the_other_width_is_converted():
     kernels = network_kernels(network, StepSetting(batch=2, precision=Precision.FP16), tensor_cores=False)
     copies = kernels.moved_bytes[(kernels.layer == 2) & (kernels.work == Work.STREAM)]
     assert copies.tolist() == [6 * 2 * 16_384] * 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "given", "width", "forward", "backward"),
+    [
+        (on_16_channels(LayerKind.BATCH_NORM, "batch_norm", (16, 8, 8)), 2, 2, 2, 2),
+        (on_16_channels(LayerKind.NORM, "layer_norm", (16, 8, 8)), 2, 4, 4, 4),  # autocast normalises layers in fp32
+        (on_16_channels(LayerKind.ACTIVATION, "relu", (16, 8, 8)), 2, 2, 2, 2),
+        (on_16_channels(LayerKind.ELEMENTWISE, "add", (16, 8, 8), (16, 8, 8)), 2, 2, 2, None),
+        # two operands of half precision, and a result of fp32
+        (on_16_channels(LayerKind.ELEMENTWISE, "add", (16, 8, 8), (16, 8, 8)), 2, 4, (2 + 2 + 4) / 3, None),
+        # four elements are read and one is written, with its place in 8 bytes
+        (on_16_channels(LayerKind.POOL, "max_pool2d", (16, 16, 16)), 2, 2, (4 * 2 + 2 + 8) / 6, 2),
+        (on_16_channels(LayerKind.POOL, "avg_pool2d", (16, 16, 16)), 2, 2, 2, 2),
+        # a byte says which were dropped
+        (on_16_channels(LayerKind.DROPOUT, "dropout", (16, 8, 8)), 2, 2, (2 + 2 + 1) / 3, (2 + 2 + 1) / 3),
+        (on_16_channels(LayerKind.CONCAT, "cat", (8, 8, 8), (8, 8, 8)), 2, 2, 2, None),
+    ],
+    ids=lambda value: value.op if isinstance(value, Layer) else None,
+)
+def test_how_many_bytes_an_element_has_that_a_kernel_streams(layer, given, width, forward, backward):
+    kernels = list(layer_kernels(layer, 3, given, width, 2))
+    (there,) = {kernel.element_bytes for kernel in kernels if kernel.step is Pass.FORWARD}
+    assert there == pytest.approx(forward)
+    assert {kernel.element_bytes for kernel in kernels if kernel.step is not Pass.FORWARD} == {backward} - {None}

@@ -522,6 +522,13 @@ def test_a_list_of_ranks_whose_end_is_missing_is_noticed_where_the_log_tells(tmp
     assert caught.value.hint == "keep all lines '# Rank …' of the run"
 
 
+@pytest.mark.parametrize("launched", ["", "mpirun -npernode 8 ./all_reduce_perf\n"])
+def test_processes_on_each_of_unknown_nodes_are_no_number_beside_nccls(tmp_path: Path, launched: str) -> None:
+    counted = "n1:9:9 [7] NCCL INFO comm 0x5 rank 15 nRanks 16 nNodes 2 localRanks 8 localRank 7 MNNVL 0\n"
+    log = read_nccl_log(write(tmp_path, launched + counted + SLOW_16 + TAIL))
+    assert (log.num_gpus, log.num_nodes) == (16, 2)
+
+
 def test_slow_rows_that_begin_again_with_other_gpus_are_no_cycle(tmp_path: Path) -> None:
     """0.50 · 1 and 0.50 · 1.5 GB/s: 2 GPUs, and 4."""
     row = "1048576 262144 float sum -1 2097.2 0.50 {} 0\n"

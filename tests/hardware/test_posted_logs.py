@@ -18,7 +18,7 @@ import pytest
 from ptsim.errors import FileFormatError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.nccl_log import NcclLog, read_nccl_logs, with_nodes
-from ptsim.hardware.nccl_log.wrappers import unwrapped
+from ptsim.loglines import unwrapped
 from ptsim.measure.collectives import tables_from_logs
 
 FOLDER = Path(__file__).parent / "nccl"

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 import ptsim
+from ptsim.costs.scaling import load_scaling
 from ptsim.report.facts import Facts
 from ptsim.report.methods import assumptions_table, methods_facts
 from ptsim.sim.options import Options
@@ -30,7 +31,7 @@ def assumed(trace: Trace, options: Options, *tiers: str) -> dict[str, str]:
 
 
 def test_what_the_numbers_rest_on_by_hand(trace: Trace) -> None:
-    usual = assumed(trace, Options())
+    usual, fitted = assumed(trace, Options()), load_scaling()
     assert usual == {
         "step time, epoch 0: all runs": "measured here",
         "all-reduce times, 4 GPUs: all runs": "data sheet",
@@ -42,8 +43,8 @@ def test_what_the_numbers_rest_on_by_hand(trace: Trace) -> None:
         "price": "none",
         "CO₂ of a kWh": "400 g",
         "overlap": "as fitted for the link",
-        "on several GPUs": "computation 1.1 % longer, and 0.9 % more for every doubling of the nodes; "
-        "38.2 µs per gradient tensor",
+        "on several GPUs": f"computation {100 * fitted.slowdown:.1f} % longer, and {100 * fitted.straggle:.1f} % more "
+        f"for every doubling of the nodes; {1e6 * fitted.tensor_s:.1f} µs per gradient tensor",
         "input pipeline": "keeps up",
         "mini-batch": "weak scaling",
     }

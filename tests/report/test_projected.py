@@ -7,6 +7,7 @@ import pytest
 
 import ptsim
 from ptsim.answers.repredict import device_profile_of
+from ptsim.costs.saving import saving_errors
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.network import Layer, LayerKind
@@ -247,12 +248,15 @@ def test_a_run_its_beginning_and_its_held_first_network_are_told_apart(traces: l
     assert len({projection.total_s for projection in found}) == 4
 
 
+DATASHEET = saving_errors()["datasheet"]
+
+
 def test_a_saving_by_hand() -> None:
-    """80 of 100 s from a data sheet: ln 0.8 = −0.2231, half-width √(0.02² + (0.252 · 0.2231)²) = 0.0597."""
+    """80 of 100 s from a data sheet: the ratio's half-width is √(floor² + (share · ln 0.8)²)."""
     dense, pruned = run_projection(100.0), run_projection(80.0, energy_j=1.8e6)
     projector = FixedProjector(grid_grams_per_kwh=400.0)
     saved = projected.saved_columns(dense, pruned, projector)
-    half = math.hypot(0.02, 0.252 * math.log(0.8))
+    half = math.hypot(DATASHEET.floor, DATASHEET.share * math.log(0.8))
     fewest, most = math.exp(-half), math.exp(half)
     assert saved["saved_fraction"] == pytest.approx(0.2)
     assert (saved["saved_fraction_low"], saved["saved_fraction_high"]) == pytest.approx(
@@ -277,8 +281,11 @@ def test_a_saving_by_hand() -> None:
         ({}, math.hypot(math.log(1.04), math.log(80 / 79))),  # the wider side of each, as if independent
         ({"low_s": 60.0}, 0.117),  # no wider than calibrated ratios are
         ({"low_s": 0.0}, 0.117),
-        ({"tier": "datasheet"}, math.hypot(0.02, 0.252 * math.log(0.8))),  # the worse tier decides
-        ({"tier": "datasheet", "draw_spread": 0.1}, math.hypot(0.02, 0.252 * math.log(0.8), 0.1645)),
+        ({"tier": "datasheet"}, math.hypot(DATASHEET.floor, DATASHEET.share * math.log(0.8))),  # the worse tier decides
+        (
+            {"tier": "datasheet", "draw_spread": 0.1},
+            math.hypot(DATASHEET.floor, DATASHEET.share * math.log(0.8), 0.1645),
+        ),
     ],
 )
 def test_a_calibrated_saving_is_as_sure_as_its_two_times(changes: dict[str, object], half_width: float) -> None:

@@ -67,7 +67,7 @@ def test_settings_are_those_of_the_group_with_the_most_weights_and_the_first_gro
 def test_what_ddp_was_told_is_seen(views: bool, sends: bool) -> None:
     reducer = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(reducer)
-    reducer.__dict__.update(gradient_as_bucket_view=views, forward_sync_buffers=sends)
+    reducer.gradient_as_bucket_view, reducer.broadcast_buffers = views, sends
     assert reducer_settings(reducer) == {"gradient_as_bucket_view": views, "broadcast_buffers": sends}
     assert reducer_settings(nn.Linear(1, 1)) == reducer_settings(None) == {}
 

@@ -55,14 +55,17 @@ def launched_nodes(section: Section, num_gpus: int) -> int | None:
 
 
 def told_gpus(section: Section, num_hosts: int) -> Iterator[tuple[int, str]]:
-    """Numbers of GPUs that NCCL or the line that launched the run names, and which of them does; so many hosts ran."""
+    """Numbers of GPUs that NCCL or the line that launched the run names, and which of them does.
+
+    So many hosts ran; processes on each of an unknown number, 0, name none.
+    """
     yield from ((num, f"NCCL counts {num}") for num in sorted(section.counted))
     each = gpus_per_process(section)
     for line, _ in _commands(section) if section.launched is None else ():
         slurm = re.search(r"\bsrun\b(.*)", line)
         if started := _STARTED.search(line) or (_TASKS.search(slurm[1]) if slurm else None):
             yield int(started[1]) * each, f"the line that launched it starts {started[1]} processes"
-        else:
+        elif num_hosts:
             for text in (text for what, text in _given(line) if what == "ranks"):
                 yield int(text) * num_hosts * each, f"the line that launched it starts {text} processes on each node"
 

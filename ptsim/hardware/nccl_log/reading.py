@@ -12,7 +12,7 @@ from ptsim.hardware.nccl_log.record import NcclLog
 from ptsim.hardware.nccl_log.runs import collective, logs_of
 from ptsim.hardware.nccl_log.section import Section
 from ptsim.hardware.nccl_log.text import holds_rows, read_sections
-from ptsim.hardware.nccl_log.wrappers import unwrapped
+from ptsim.loglines import unwrapped
 from ptsim.textfile import decode_text, read_bytes, unpacked
 
 _MOST_BYTES = 64 * 2**20

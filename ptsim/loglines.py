@@ -2,7 +2,7 @@
 
 Docker and the collectors of logs keep one JSON object a line, or a list of them, with the line in one of its fields;
 Kubernetes' runtimes put time, stream and a flag in front, which says whether the line goes on in the next; terminals
-and web pages add colours and tags. What launchers put in front is left in: no row is hidden by it (`text.py`).
+and web pages add colours and tags. What launchers put in front is left in: readers find their rows behind it.
 """
 
 from __future__ import annotations
