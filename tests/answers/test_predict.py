@@ -362,7 +362,9 @@ def test_a_run_is_predicted_as_it_is_simulated_and_a_model_with_ddps_defaults(tm
     defaults = ptsim.predict(own_loop, cluster=node(1e-3), gpus=4)
     assert defaults.exposed_communication_seconds == pytest.approx(model.exposed_communication_seconds)
     assert defaults.peak_memory_bytes == model.peak_memory_bytes
-    assert defaults.step_seconds == pytest.approx(project(own_loop, node(1e-3), 4).epochs[-1].step_s, rel=1e-9)
+    projected = project(own_loop, node(1e-3), 4).epochs[-1]
+    assert defaults.step_seconds == pytest.approx(projected.step_s, rel=1e-9)
+    assert (run.peak_memory_bytes, defaults.peak_memory_bytes) == (epoch.peak_memory_bytes, projected.peak_memory_bytes)
     without = project(own_loop, node(1e-3), 4, Options(broadcast_buffers=False)).epochs[-1]
     assert without.step_s == pytest.approx(epoch.step_s, rel=1e-9)
 
