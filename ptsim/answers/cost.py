@@ -231,7 +231,7 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
         streamed_seconds=None if device is None else streamed_bytes / device.memory_bandwidth_bytes_per_s,
         product_bytes=moved[True],
         layers=layers,
-        epochs=() if trace is None else run_cost(trace, convention),
+        epochs=() if trace is None else run_cost(trace, convention, device=device),
     )
 
 

@@ -199,6 +199,8 @@ def predict(
         notes = (*notes, note)
     if subject.trace is not None and subject.trace.compiled_note is not None:
         notes = (*notes, subject.trace.compiled_note)
+    if subject.trace is not None and setting.data_parallel and setting.passes > 1:
+        notes = (*notes, *filter(None, (subject.trace.reductions_note,)))
     made = _prediction(subject.network, device, machine, setting, step, parallel, network_tier, notes)
     return made if version is None else msgspec.structs.replace(made, torch_version=str(version))
 

@@ -369,7 +369,7 @@ def check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | No
 
 def _run_notes(trace: Trace, pace: _Pace, odd: Sequence[int]) -> list[str]:
     """What a reader must know of the comparison; `odd` are epochs whose energy no such device can have taken."""
-    notes = [*pace.doubts, *filter(None, (_unsteady(trace), trace.compiled_note))]
+    notes = [*pace.doubts, *filter(None, (_unsteady(trace), trace.compiled_note, trace.reductions_note))]
     if not trace.complete:
         of = f" of {trace.planned_epochs}" if trace.planned_epochs else ""
         notes.append(f"the run is not whole: {len(trace.epochs)}{of} epochs are compared")

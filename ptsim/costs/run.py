@@ -50,20 +50,23 @@ class EpochCost(msgspec.Struct, frozen=True, kw_only=True):
     allreduce_bytes_per_gpu: int
 
 
-def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int | None = None) -> tuple[EpochCost, ...]:
+def run_cost(
+    trace: Trace, convention: Convention = "exact", *, world_size: int | None = None, device: Device | None = None
+) -> tuple[EpochCost, ...]:
     """The cost of every epoch that `trace` has, in order.
 
     Args:
         trace: a recorded run, whole or cut off.
         convention: how MACs are counted.
         world_size: count communication for so many devices instead of the recorded ones.
+        device: whose memory is modelled; the recorded one if None.
 
     Raises:
         ValueError: the convention is unknown, or the world size is not positive.
     """
     if world_size is not None and world_size <= 0:
         raise ValueError(f"world_size is {world_size}, expected a positive number of devices")
-    device = recorded_device(trace)
+    device = recorded_device(trace) if device is None else device
     needs: dict[tuple[str, StepSetting], int] = {}  # one iteration's peak; most epochs repeat the one before
     costs = []
     for epoch in trace.epochs:

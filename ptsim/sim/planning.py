@@ -208,6 +208,8 @@ class _Planner:
             note(f"the recorded run waited for data {waited:.0%} of the time; projected with input that keeps up")
         if trace.compiled_note is not None:
             note(trace.compiled_note)
+        if trace.reductions_note is not None and self.num_gpus > 1:
+            note(trace.reductions_note)
         if not self.scenario.overlap and options.overlap is None and self.num_gpus > 1:
             note("the recorded step was compiled: its gradients become ready together, so nothing hides all-reduces")
 

@@ -105,6 +105,7 @@ class Scenario:
             proximal=self.proximal,
             regularizer=self.criterion if epoch.regularized else None,
             num_gpus=self.num_gpus,
+            bucket_views=self.trace.bucket_views,
             sharding=self.options.sharding if self.num_gpus > 1 else "none",
             told_update=self.told_update,
             told_penalties=self.told_penalties,

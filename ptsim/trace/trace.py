@@ -19,6 +19,8 @@ from ptsim.trace.schema import Draw, End, Epoch, PenaltyCosts, Profile, Reconfig
 if TYPE_CHECKING:
     import pandas as pd
 
+_SEVERAL = 1.5  # reductions per update; a GradScaler leaves out a few updates whose gradients were reduced
+
 
 def planned_mark(origin: str) -> str:
     """What stands before the name of a run of this origin, so that planned numbers look planned: "planned ", or ""."""
@@ -174,6 +176,21 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         if not self.compiled:
             return None
         return "the run's steps were compiled, those predicted are eager PyTorch's, as are those of its profiles"
+
+    @property
+    def reductions_note(self) -> str | None:
+        """What has to stand beside predicted all-reduces; None where the run reduced its gradients once per update."""
+        often = [epoch for epoch in self.epochs if epoch.passes > 1 and self._reductions_per_update(epoch) > _SEVERAL]
+        if not often:
+            return None
+        most = max(often, key=self._reductions_per_update)
+        return (
+            f"the run reduced its gradients {self._reductions_per_update(most):.0f} times per update of {most.passes} "
+            "passes (without no_sync); a predicted update reduces them once"
+        )
+
+    def _reductions_per_update(self, epoch: Epoch) -> float:
+        return epoch.allreduce_bytes / max(1, self.network_of(epoch).gradient_bytes * epoch.num_iterations)
 
     @property
     def penalty_ratio(self) -> float | None:

@@ -10,7 +10,7 @@ import msgspec
 from ptsim.costs.memory import largest_batch
 from ptsim.hardware.catalog import match_device
 from ptsim.setting import StepSetting
-from ptsim.training.facts import costed_momentum, costed_optimizer, told_update
+from ptsim.training.facts import costed_momentum, costed_optimizer, reducer_settings, told_update
 from ptsim.training.measured import LastEpoch, last_epoch
 from ptsim.training.recorder import Recorder
 
@@ -40,7 +40,8 @@ class Proposal:
         """The epoch of this record is over; all ranks call it."""
         recorder = self._recorder
         self._first_batch = self._first_batch or recorder.watch.batch
-        self._last = last_epoch(record, recorder.watch.batch, recorder.meter, recorder.team)
+        views = reducer_settings(recorder.watch.data_parallel).get("gradient_as_bucket_view", True)
+        self._last = last_epoch(record, recorder.watch.batch, recorder.meter, recorder.team, bucket_views=views)
 
     def batch(self, average_bytes: int) -> int | None:
         """Propose anew; the loop's own mini-batch before the first epoch's end, None before the first step.
@@ -94,6 +95,7 @@ def proposed_batch(
         memory_format=recorder.memory_format,
         regularizer=settings.criterion if recorder.regularizer is not None else None,
         num_gpus=recorder.team.world_size,
+        bucket_views=last.bucket_views,
         told_update=None if update is None else update.told(optimizer),
     )
     fits = largest_batch(

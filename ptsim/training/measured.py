@@ -40,6 +40,7 @@ class LastEpoch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         memory_bytes: of that rank's device that has the least; None where nobody knows it.
         images_per_forward, images_per_pass: of its largest forward pass, and of all those that one backward pass
             followed; states of older versions do not know them.
+        bucket_views: gradients lie in DDP's buckets; without a DDP they are taken to, as in `ptsim train`.
     """
 
     passes: Count
@@ -47,13 +48,16 @@ class LastEpoch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     memory_bytes: Whole | None
     images_per_forward: Count = 1
     images_per_pass: Count = 1
+    bucket_views: bool = True
 
     def forwards(self, images: int) -> int:
         """How many images each forward pass may have where those before one backward pass have so many together."""
         return images * self.images_per_forward // self.images_per_pass
 
 
-def last_epoch(epoch: Epoch, images_per_forward: int | None, meter: Meter, team: Team) -> LastEpoch:
+def last_epoch(
+    epoch: Epoch, images_per_forward: int | None, meter: Meter, team: Team, *, bucket_views: bool = True
+) -> LastEpoch:
     """Of an epoch that is over; all ranks call it, and the least memory decides for all of them."""
     known = meter.info().memory_bytes
     if team.world_size > 1:
@@ -67,6 +71,7 @@ def last_epoch(epoch: Epoch, images_per_forward: int | None, meter: Meter, team:
         memory_bytes=known,
         images_per_forward=forward,
         images_per_pass=max(one_pass, forward),  # the largest forward pass may be an odd one
+        bucket_views=bucket_views,
     )
 
 

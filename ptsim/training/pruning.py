@@ -93,7 +93,8 @@ class PruneTrain(misuse.OnlyOne):
             record: the folder for the trace, or a `Recorder`; None records nothing.
             ema: an average of the weights (torch's `AveragedModel`, timm's `ModelEmaV3`, a copy); it is pruned alike.
             scaler: the loop's GradScaler; with it a `step` before `scaler.unscale_` is noticed.
-            rewrap: makes from the changed network what the loop calls, for instance DDP around it; `module` is that.
+            rewrap: makes from the changed network what the loop calls, for instance DDP around it; `module` is that. A
+                bare network is wrapped at once, unless `record` is a `Recorder`.
             facts: names and hyper-parameters for the trace.
             loggers: names such as "tensorboard", or `ptsim.training.loggers.Logger`s; they mirror the trace.
             settings: fields of `PruneSettings`.
@@ -124,6 +125,9 @@ class PruneTrain(misuse.OnlyOne):
         self.recorder = self._recorder(model, input_shape, record, facts=facts, loggers=loggers)
         self._owns_recorder = self.recorder is not record
         self._first_network = self.recorder.architecture
+        if rewrap is not None and self._owns_recorder and not wrapping.is_wrapped(model):
+            model = wrapping.wrapped_again(rewrap, self.network)  # else ranks would train apart until the first pruning
+            self.recorder.follow(model)
         self._wrapping = Wrapping(model, self.recorder, rewrap)
         self._proposal = Proposal(self.recorder, self.settings)
         self._take_hold()

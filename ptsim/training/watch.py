@@ -339,7 +339,7 @@ class Watch:
         self._images = 0 if images is None else len(images)
         if self._ignored(module):
             return
-        caller = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        caller = _reducer(module)
         self._caller = None if caller is None else weakref.ref(caller)
         if caller is not None and self._outdated is not None and caller is self._outdated[0]():
             raise UsageError(
@@ -436,6 +436,17 @@ class Watch:
 
 
 _END: Any = object()
+
+
+def _reducer(module: nn.Module) -> nn.Module | None:
+    """The DistributedDataParallel that this pass of `module` goes through; None where there is none.
+
+    torch names the one that is calling. One that was compiled itself is called from what torch.compile has made of it.
+    """
+    compiled = getattr(module, "_orig_mod", None)
+    if isinstance(compiled, nn.parallel.DistributedDataParallel):
+        return compiled
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
 
 
 @dataclasses.dataclass

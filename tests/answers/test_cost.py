@@ -167,6 +167,7 @@ def test_the_memory_of_a_trace_is_that_of_its_gpu_and_a_named_one_takes_its_plac
     assert own.peak_memory_bytes == own.epochs[-1].peak_memory_bytes
     h100 = ptsim.cost(trace, gpu="h100-sxm5-80gb")  # whose cuBLAS takes 2 times 32 MiB, an A100's 2 times 8,320 KiB
     assert h100.peak_memory_bytes - own.peak_memory_bytes == 2 * (32 * 2**20 - 8320 * 2**10)
+    assert h100.epochs[-1].peak_memory_bytes == h100.peak_memory_bytes
 
 
 def test_a_trace_without_momentum_that_shrinks_by_proximal_steps_is_costed_so(tmp_path: Path) -> None:

@@ -362,7 +362,9 @@ def test_a_run_is_predicted_as_it_is_simulated_and_a_model_with_ddps_defaults(tm
     defaults = ptsim.predict(own_loop, cluster=node(1e-3), gpus=4)
     assert defaults.exposed_communication_seconds == pytest.approx(model.exposed_communication_seconds)
     assert defaults.peak_memory_bytes == model.peak_memory_bytes
-    assert defaults.step_seconds == pytest.approx(project(own_loop, node(1e-3), 4).epochs[-1].step_s, rel=1e-9)
+    projected = project(own_loop, node(1e-3), 4).epochs[-1]
+    assert defaults.step_seconds == pytest.approx(projected.step_s, rel=1e-9)
+    assert (run.peak_memory_bytes, defaults.peak_memory_bytes) == (epoch.peak_memory_bytes, projected.peak_memory_bytes)
     without = project(own_loop, node(1e-3), 4, Options(broadcast_buffers=False)).epochs[-1]
     assert without.step_s == pytest.approx(epoch.step_s, rel=1e-9)
 
@@ -380,6 +382,31 @@ def test_a_compiled_run_hides_no_communication_elsewhere_either(tmp_path: Path) 
     beyond_s = usual.step_seconds - own_s - usual.hook_seconds
     assert usual.exposed_communication_seconds == pytest.approx(beyond_s)
     assert usual.communication_wait_seconds < 0.99 * beyond_s  # beside all-reduces it computes more slowly
+
+
+def test_a_run_that_reduced_in_every_pass_is_said_to_be_predicted_with_one_reduction(tmp_path: Path) -> None:
+    """Without no_sync, four passes send the gradients four times."""
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", world_size=4, profiles=False))
+    for times in (1, 4):
+        epochs = tuple(
+            msgspec.structs.replace(
+                epoch,
+                passes=4,
+                allreduce_bytes=times * epoch.num_iterations * trace.network_of(epoch).gradient_bytes,
+            )
+            for epoch in trace.epochs
+        )
+        accumulated = msgspec.structs.replace(trace, epochs=epochs)
+        note = accumulated.reductions_note
+        assert (note is None) is (times == 1)
+        if note is not None:
+            assert note.startswith("the run reduced its gradients 4 times per update of 4 passes")
+        said = () if note is None else (note,)
+        assert ptsim.predict(accumulated, cluster=node(1e-3), gpus=4).notes == said
+        assert ptsim.predict(accumulated, cluster=node(1e-3), gpus=1).notes == ()
+        assert ptsim.predict(accumulated, cluster=node(1e-3), gpus=4, batch=32).notes == ()  # in one pass
+        notes = [project(accumulated, node(1e-3), count).notes for count in (1, 4)]
+        assert [note in these for these in notes] == [False, times == 4]
 
 
 def test_what_runs_once_a_pass_is_counted_in_every_pass(tmp_path: Path) -> None:

@@ -152,6 +152,15 @@ def test_an_own_loop_is_proposed_whole_multiples_more_for_each_pass(
     assert asked[1] == (StepSetting(batch=64, momentum=0.5, proximal=True, num_gpus=ranks), 5)
 
 
+def test_buckets_beside_the_gradients_are_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = that_fit(monkeypatch, growth, 64)
+    recorder = recording(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), ranks=2)
+    for views in (True, False):
+        last = LastEpoch(passes=1, images_per_rank=64, memory_bytes=None, bucket_views=views)
+        growth.proposed_batch(recorder, make_settings({}), 64, last, 0)
+    assert [setting.buckets_apart for setting, _ in asked] == [False, True]
+
+
 def test_all_that_an_own_loops_optimizer_keeps_is_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adam with amsgrad keeps three states, one more than its row says."""
     asked = that_fit(monkeypatch, growth, 64)

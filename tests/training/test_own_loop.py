@@ -726,6 +726,52 @@ def test_a_loop_that_goes_on_with_the_module_before_rewrap_is_told(kind, tmp_pat
         torch._dynamo.reset()
 
 
+def test_a_bare_network_is_wrapped_at_once_where_rewrap_is_given(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        network = fresh()
+        optimizer = sgd(network)
+        pruner = made(network, optimizer, rewrap=nn.parallel.DistributedDataParallel, record=tmp_path / "run")
+        first = pruner.module
+        assert isinstance(first, nn.parallel.DistributedDataParallel)
+        assert first.module is network
+        assert train(pruner, first, optimizer, 2, images_and_labels())[-1].pruned
+        assert pruner.module is not first
+        train(pruner, pruner.module, optimizer, 1, images_and_labels())
+        pruner.close()
+        assert ptsim.read_trace(tmp_path / "run").broadcasts_buffers  # DistributedDataParallel's default
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("compiled", ["inside", "outside"])
+def test_data_parallel_is_seen_inside_and_around_what_is_compiled(compiled, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch._dynamo.reset()
+    try:
+        network = fresh()
+        optimizer = sgd(network)
+        inner = torch.compile(network, backend="eager") if compiled == "inside" else network
+        module = nn.parallel.DistributedDataParallel(inner, gradient_as_bucket_view=True)
+        if compiled == "outside":
+            module = torch.compile(module, backend="eager")
+        recorder = ptsim.Recorder(module, optimizer, input_shape=IMAGE, record=tmp_path / "run")
+        for images, labels in images_and_labels(1):
+            for half in range(2):  # both reduce: nothing says no_sync
+                F.cross_entropy(module(images[half::2]), labels[half::2]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        reductions = recorder.watch.num_reductions
+        recorder.end_epoch()
+        recorder.close()
+        trace = ptsim.read_trace(tmp_path / "run")
+        assert (trace.compiled, trace.bucket_views, trace.broadcasts_buffers) == (True, True, True)
+        assert reductions == 2 * trace.epochs[0].num_iterations
+    finally:
+        torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
+
+
 def test_data_parallel_has_to_be_wrapped_again_and_a_loop_that_forgets_it_is_told(tmp_path):
     batches = images_and_labels()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -893,9 +939,12 @@ def test_a_run_that_began_before_it_had_a_pruner_does_not_say_how_strong_the_pen
 def test_a_rewrap_that_gives_nothing_is_named_and_so_is_nothing_that_is_rewrapped():
     model = fresh()
     optimizer = sgd(model)
-    pruner = made(model, optimizer, rewrap=lambda network: None)
     with pytest.raises(UsageError, match="rewrap gave a NoneType, expected the module that the loop calls"):
-        train(pruner, model, optimizer, 2, images_and_labels())
+        made(model, optimizer, rewrap=lambda network: None)
+    given = [model]
+    pruner = made(model, optimizer, rewrap=lambda network: given.pop() if given else None)
+    with pytest.raises(UsageError, match="rewrap gave a NoneType, expected the module that the loop calls"):
+        train(pruner, pruner.module, optimizer, 2, images_and_labels())
     with pytest.raises(UsageError, match="the model is a NoneType"):
         pruner.rewrapped(None)
 
