@@ -19,6 +19,7 @@ from ptsim.costs.flops import layer_macs
 from ptsim.costs.measured import measured_step
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.run import run_cost
+from ptsim.costs.scaling import load_scaling
 from ptsim.costs.times import LayerTime, StepTime
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import load_device
@@ -31,7 +32,8 @@ from ptsim.trace.pairs import time_differences
 from ptsim.trace.schema import Epoch, Profile
 from tests.traces import CPU, dense_trace, profile_of, shrinking_records, shrinking_trace, write_trace
 
-SLOWDOWN, TENSOR_S = 0.0106, 3.82e-05  # of `scaling.toml`
+SCALING = load_scaling()
+SLOWDOWN, TENSOR_S = SCALING.slowdown, SCALING.tensor_s
 LONG = {"num_train": 50000, "batch_step": 0}
 
 
@@ -400,7 +402,8 @@ def test_steps_of_several_gpus_have_the_hooks_and_the_interval_that_they_are_pre
     assert cpus.predicted_seconds - cpus.low_seconds == pytest.approx(n * (step_s - least_s))
     assert cpus.high_seconds - cpus.predicted_seconds == pytest.approx(n * (most_s - step_s))
     step_s, least_s, most_s = ends_of(alone_s + added_s)
-    below, above = math.hypot(math.log(step_s / least_s), 0.0517), math.hypot(math.log(most_s / step_s), 0.0715)
+    below = math.hypot(math.log(step_s / least_s), SCALING.low)
+    above = math.hypot(math.log(most_s / step_s), SCALING.high)
     assert gpus.predicted_seconds - gpus.low_seconds == pytest.approx(n * step_s * (1 - math.exp(-below)))
     assert gpus.high_seconds - gpus.predicted_seconds == pytest.approx(n * step_s * (math.exp(above) - 1))
 
