@@ -501,12 +501,5 @@ def _stream(index: int, step: Pass, moved: float, footprint: float, element: flo
 
 
 def _norm(index: int, step: Pass, moved: float, footprint: float, element: float, blocks: float = math.inf) -> Kernel:
-    return Kernel(
-        layer=index,
-        work=Work.NORM,
-        step=step,
-        element_bytes=element,
-        moved_bytes=moved,
-        footprint_bytes=footprint,
-        blocks=blocks,
-    )
+    made = _stream(index, step, moved, footprint, element)
+    return msgspec.structs.replace(made, work=Work.NORM, blocks=blocks)
