@@ -102,11 +102,14 @@ def seed_problem(seed: int) -> str | None:
 
 
 def hyperparameters_problem(hyperparameters: Mapping[str, Any]) -> str | None:
-    """Of those that ptsim itself reads: names are texts, epochs a whole number, the momentum a number."""
+    """Of those that ptsim itself reads: names are texts, epochs a whole number, the momentum a number, DDP's yes or no."""
     for name, kind in (("optimizer", str), ("criterion", str), ("epochs", int)):
         value = hyperparameters.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             return f"hyperparameters.{name} is {value!r}, expected {'a text' if kind is str else 'a whole number'}"
+    for name in ("gradient_as_bucket_view", "broadcast_buffers"):
+        if not isinstance(value := hyperparameters.get(name), bool | None):
+            return f"hyperparameters.{name} is {value!r}, expected true or false"
     momentum = hyperparameters.get("momentum")
     if momentum is not None:
         if isinstance(momentum, bool) or not isinstance(momentum, int | float):

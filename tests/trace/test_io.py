@@ -283,6 +283,7 @@ class TestWrongFiles:
             (Run, lambda r: r.update(seed=-(2**63) - 1), "'seed' is out of range"),
             (Run, lambda r: r["hyperparameters"].update(epochs=True), "epochs is True, expected a whole number"),
             (Run, lambda r: r["hyperparameters"].update(optimizer=1), "optimizer is 1, expected a text"),
+            (Run, lambda r: r["hyperparameters"].update(broadcast_buffers=1), "buffers is 1, expected true or false"),
             (Reconfiguration, lambda r: r.update(before="0123456789abcdef"), "'before'"),
             (End, lambda r: r.update(status="meh"), r"\$\.status"),
             (Epoch, lambda r: r.update(record="eporch"), "eporch"),
