@@ -102,7 +102,7 @@ def seed_problem(seed: int) -> str | None:
 
 
 def hyperparameters_problem(hyperparameters: Mapping[str, Any]) -> str | None:
-    """Of those that ptsim itself reads: names are texts, epochs a whole number, the momentum a number, DDP's yes or no."""
+    """Of those that ptsim itself reads: texts, a whole number of epochs, the momentum, and what DDP was told."""
     for name, kind in (("optimizer", str), ("criterion", str), ("epochs", int)):
         value = hyperparameters.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
