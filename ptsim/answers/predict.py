@@ -197,10 +197,9 @@ def predict(
         and (note := software_note(device, setting.torch_version, load_fit().young_software)) is not None
     ):
         notes = (*notes, note)
-    if subject.trace is not None and subject.trace.compiled_note is not None:
-        notes = (*notes, subject.trace.compiled_note)
-    if subject.trace is not None and setting.data_parallel and setting.passes > 1:
-        notes = (*notes, *filter(None, (subject.trace.reductions_note,)))
+    if subject.trace is not None:
+        often = subject.trace.reductions_note if setting.data_parallel and setting.passes > 1 else None
+        notes = (*notes, *filter(None, (subject.trace.compiled_note, often)))
     made = _prediction(subject.network, device, machine, setting, step, parallel, network_tier, notes)
     return made if version is None else msgspec.structs.replace(made, torch_version=str(version))
 

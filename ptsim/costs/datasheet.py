@@ -269,9 +269,7 @@ def kernel_seconds(kernels: Kernels, chip: Chip, efficiency: Efficiency) -> Floa
     share = np.array([e.product_bandwidth, e.depthwise_bandwidth, e.norm_bandwidth, e.stream_bandwidth])
     reading = np.minimum(1.0, e.norm_block * kernels.blocks / chip.num_sms)  # share of the SMs
     memory = kernels.moved_bytes / (share[kernels.work] * reading * bandwidth)
-    in_flight = (
-        e.elements_per_clock * kernels.element_bytes * chip.num_sms * _clock_hz(chip, e) * nearer
-    )  # bytes a second
+    in_flight = e.elements_per_clock * _clock_hz(chip, e) * chip.num_sms * kernels.element_bytes * nearer  # bytes/s
     streams = (kernels.work == Work.STREAM) | (kernels.work == Work.NORM)
     held = kernels.moved_bytes / (np.minimum(1.0, kernels.blocks / chip.num_sms) * in_flight)  # a block is on one SM
     memory = np.where(streams, np.maximum(memory, held), memory)
@@ -292,16 +290,11 @@ def kernel_seconds(kernels: Kernels, chip: Chip, efficiency: Efficiency) -> Floa
     pixels = np.where(kernels.step == Pass.WEIGHT_GRADIENT, kernels.k, kernels.m * kernels.n) * kernels.groups
     taps = 2 * (macs + e.depthwise_base * pixels) / (e.depthwise_rate * per_tap * chip.issue_flops_per_s)
     compute[is_depthwise] = taps[is_depthwise]
-    total: Floats = _overlapped(compute, memory, e) + layout
+    largest = np.maximum(np.maximum(compute, memory), 1e-12)
+    both = largest * ((compute / largest) ** e.overlap + (memory / largest) ** e.overlap) ** (1 / e.overlap)
+    total: Floats = both + layout
     total = total + e.launch_s * kernels.launches + (e.product_s - e.launch_s) * is_product
     return total
-
-
-def _overlapped(one: Floats, other: Floats, e: Efficiency) -> Floats:
-    """Seconds of two things that happen at once."""
-    longer = np.maximum(np.maximum(one, other), 1e-12)
-    both: Floats = longer * ((one / longer) ** e.overlap + (other / longer) ** e.overlap) ** (1 / e.overlap)
-    return both
 
 
 def _clock_hz(chip: Chip, e: Efficiency) -> Floats | float:

@@ -423,13 +423,13 @@ def _kernels_of(
             axes = len(layer.output_shape)  # channels_last lays out images of two and three axes only
             in_planes = axes == 2 or (planar and axes > 2)
             blocks = float(layer.in_channels) if in_planes and layer.in_channels else math.inf
-            yield _norm(index, forward, BATCH_NORM_FORWARD * x, x, given, blocks)
-            yield _norm(index, backward, BATCH_NORM_BACKWARD * x, 2 * x, given, blocks)
+            yield _stream(index, forward, BATCH_NORM_FORWARD * x, x, given, work=Work.NORM, blocks=blocks)
+            yield _stream(index, backward, BATCH_NORM_BACKWARD * x, 2 * x, given, work=Work.NORM, blocks=blocks)
         case LayerKind.NORM:  # autocast normalises layers and groups in fp32: the output's width
             batch_norm = layer.op == "instance_norm"  # is one, of images laid side by side
             there, back = (BATCH_NORM_FORWARD, BATCH_NORM_BACKWARD) if batch_norm else (_NORM_FORWARD, _NORM_BACKWARD)
-            yield _norm(index, forward, there * y, y, width)
-            yield _norm(index, backward, back * y, 2 * y, width)
+            yield _stream(index, forward, there * y, y, width, work=Work.NORM)
+            yield _stream(index, backward, back * y, 2 * y, width, work=Work.NORM)
         case LayerKind.ACTIVATION:
             first, second = passes_of_activation(layer, batch, given, width)
             before = made_first(layer, batch, given, width)
@@ -488,18 +488,25 @@ def _mean_bytes(*parts: tuple[float, int]) -> float:
     return sum(size for size, _ in parts) / elements if elements else float(parts[0][1])
 
 
-def _stream(index: int, step: Pass, moved: float, footprint: float, element: float, launches: float = 1.0) -> Kernel:
+def _stream(
+    index: int,
+    step: Pass,
+    moved: float,
+    footprint: float,
+    element: float,
+    launches: float = 1.0,
+    *,
+    work: Work = Work.STREAM,
+    blocks: float = math.inf,
+) -> Kernel:
+    """A kernel that moves bytes; the columns are those of `Kernel`."""
     return Kernel(
         layer=index,
-        work=Work.STREAM,
+        work=work,
         step=step,
         element_bytes=element,
         moved_bytes=moved,
         footprint_bytes=footprint,
+        blocks=blocks,
         launches=launches,
     )
-
-
-def _norm(index: int, step: Pass, moved: float, footprint: float, element: float, blocks: float = math.inf) -> Kernel:
-    made = _stream(index, step, moved, footprint, element)
-    return msgspec.structs.replace(made, work=Work.NORM, blocks=blocks)

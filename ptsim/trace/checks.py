@@ -12,6 +12,8 @@ from ptsim.consistency import MOST_MOMENTUM, network_problem
 from ptsim.network import Network
 from ptsim.trace.schema import AnyRecord, Architecture, Draw, End, Epoch, Profile, Reconfiguration, Run
 
+# Arguments of DistributedDataParallel that a run of an own loop has among its hyper-parameters, true or false.
+DDP_SETTINGS = ("gradient_as_bucket_view", "broadcast_buffers")
 _CLOCKS = 2.0  # how far the parts of an epoch or a step, which other clocks measure, may exceed the whole
 _SURGERY = (1e-6, 1e6)  # seconds that changing a network can take
 _LEAST_SPREAD = 1e-6  # of the 90th percentile of an epoch's steps: a 10th percentile below it is no step's time
@@ -107,7 +109,7 @@ def hyperparameters_problem(hyperparameters: Mapping[str, Any]) -> str | None:
         value = hyperparameters.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             return f"hyperparameters.{name} is {value!r}, expected {'a text' if kind is str else 'a whole number'}"
-    for name in ("gradient_as_bucket_view", "broadcast_buffers"):
+    for name in DDP_SETTINGS:
         if not isinstance(value := hyperparameters.get(name), bool | None):
             return f"hyperparameters.{name} is {value!r}, expected true or false"
     momentum = hyperparameters.get("momentum")

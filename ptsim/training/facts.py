@@ -22,7 +22,7 @@ from ptsim.optimizers import OPTIMIZERS
 from ptsim.prune.labels import CONVS
 from ptsim.setting import as_plain, parse_precision, real_number
 from ptsim.textfile import LARGEST
-from ptsim.trace.checks import hyperparameters_problem, seed_problem
+from ptsim.trace.checks import DDP_SETTINGS, hyperparameters_problem, seed_problem
 from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Reconfiguration, Run, UpdateCosts
 from ptsim.training.distributed import Team
 from ptsim.training.tracefile import git_revision, library_versions
@@ -92,7 +92,7 @@ def reducer_settings(reducer: nn.Module | None) -> dict[str, bool]:
     """What costs depend on of the DistributedDataParallel that calls the network, under the names of its arguments."""
     if not isinstance(reducer, nn.parallel.DistributedDataParallel):
         return {}
-    return {name: bool(getattr(reducer, name)) for name in ("gradient_as_bucket_view", "broadcast_buffers")}
+    return {name: bool(getattr(reducer, name)) for name in DDP_SETTINGS}
 
 
 def widths(network: Network) -> dict[str, int]:

@@ -229,17 +229,27 @@ def test_buffers_are_running_statistics_and_frozen_weights(only: Layer, cpu: int
     assert found == [cpu, gpu]
 
 
+BARE = Footprint(
+    device="cpu",
+    half=False,
+    kept_fixed_bytes=0,
+    kept_image_bytes=0,
+    weight_copy_bytes=0,
+    buffer_bytes=0,
+    contiguous=(),
+    channels_last=(),
+)
+
+
 def test_a_watched_footprint_grows_as_the_nearest_moment_of_the_walk() -> None:
     """From 3 to 6 channels: gradients 1,960 → 3,880, ReLU's moment 616 → 1,192, the linear layer's 464 → 848.
 
     What the walk has as 0 grows with the gradients, and what is kept as the walk's 320 → 512.
     """
-    watched = Footprint(
-        device="cpu",
-        half=False,
+    watched = msgspec.structs.replace(
+        BARE,
         kept_fixed_bytes=50,
         kept_image_bytes=640,
-        weight_copy_bytes=0,
         buffer_bytes=7,
         contiguous=moments((100, 2 * 616, 1960), (2 * 1960, 464, 50)),
         channels_last=moments((432, 232, 1960)),
@@ -258,16 +268,7 @@ def test_gradients_and_images_count_alike_where_the_nearest_moment_is_looked_for
     900 and 616 are 1060/1960 from ReLU's moment, and 900/1960 + 152/616 from the linear layer's; 0 and 616 are a whole
     1 from the one, and 152/616 from the other.
     """
-    watched = Footprint(
-        device="cpu",
-        half=False,
-        kept_fixed_bytes=0,
-        kept_image_bytes=0,
-        weight_copy_bytes=0,
-        buffer_bytes=0,
-        contiguous=moments((0, 616, 900)),
-        channels_last=moments((0, 616, 0)),
-    )
+    watched = msgspec.structs.replace(BARE, contiguous=moments((0, 616, 900)), channels_last=moments((0, 616, 0)))
     found = rescaled(watched, chain(3), chain(6))
     assert found.contiguous == moments((0, 1192, 1782))  # 900 · 3,880 / 1,960
     assert found.channels_last == moments((0, 1126, 0))  # 616 · 848 / 464
@@ -281,16 +282,7 @@ def test_copies_of_weights_and_buffers_grow_with_the_widths() -> None:
     )
     *layers, last = wide.layers
     wide = msgspec.structs.replace(wide, layers=(*layers, msgspec.structs.replace(last, out_channels=6)))
-    watched = Footprint(
-        device="cpu",
-        half=True,
-        kept_fixed_bytes=2 * 544,
-        kept_image_bytes=0,
-        weight_copy_bytes=544,
-        buffer_bytes=64,
-        contiguous=(),
-        channels_last=(),
-    )
+    watched = msgspec.structs.replace(BARE, half=True, kept_fixed_bytes=2 * 544, weight_copy_bytes=544, buffer_bytes=64)
     found = rescaled(watched, narrow, wide)
     assert found.kept_fixed_bytes == 2 * (178 * 6 + 10)
     assert found.weight_copy_bytes == 178 * 6 + 10

@@ -26,17 +26,16 @@ def implied_ranks(algbw: float, busbw: float) -> int | None:
 def agrees(num: int, algbw: float, busbw: float) -> bool:
     """Whether the bandwidths are those of so many ranks, as far as their digits tell.
 
-    Two are printed, one from 1000 GB/s on; people round to one, too.
+    People may have rounded to one.
     """
-    two = max(algbw, busbw) < 1000 and any(round(10 * rate, 6) % 1 for rate in (algbw, busbw))
-    rounded = ROUNDED * (1 if two else 10)
+    off = _rounding(algbw, busbw, one=not _second_digit(algbw, busbw))
     return algbw >= 1 and abs(bus_factor(num) - busbw / algbw) <= min(
-        _RATIO_OFF, (1 + bus_factor(num)) * rounded / algbw + 1e-6
+        _RATIO_OFF, (1 + bus_factor(num)) * off / algbw + 1e-6
     )
 
 
 def fits(rows: list[Row], num: int, *, by_hand: bool = False) -> bool:
-    """Whether all bandwidths are those of so many GPUs, as far as two printed digits tell, one from 1000 GB/s on.
+    """Whether all bandwidths are those of so many GPUs, as far as their digits tell.
 
     `by_hand`: people may have rounded to one.
     """
@@ -45,15 +44,24 @@ def fits(rows: list[Row], num: int, *, by_hand: bool = False) -> bool:
     one = by_hand and rounded_by_hand(rows)
     factor = bus_factor(num)
     for times in _measured(rows):
-        rounded = ROUNDED * (10 if one or max(times.algbw, times.busbw) >= 1000 else 1)
-        if abs(times.busbw - factor * times.algbw) > rounded * (1 + factor) + 1e-9:
+        off = _rounding(times.algbw, times.busbw, one=one)
+        if abs(times.busbw - factor * times.algbw) > off * (1 + factor) + 1e-9:
             return False
     return True
 
 
 def rounded_by_hand(rows: list[Row]) -> bool:
     """Whether no bandwidth has a second digit, which nccl-tests prints."""
-    return not any(round(10 * rate, 6) % 1 for times in _measured(rows) for rate in (times.algbw, times.busbw))
+    return not any(_second_digit(times.algbw, times.busbw) for times in _measured(rows))
+
+
+def _rounding(algbw: float, busbw: float, *, one: bool) -> float:
+    """GB/s by which either may be off: two digits are printed, one from 1000 GB/s on, or `one` is left of them."""
+    return ROUNDED * (10 if one or max(algbw, busbw) >= 1000 else 1)
+
+
+def _second_digit(algbw: float, busbw: float) -> bool:
+    return any(round(10 * rate, 6) % 1 for rate in (algbw, busbw))
 
 
 def _measured(rows: list[Row]) -> Iterator[Times]:
