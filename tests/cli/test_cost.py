@@ -37,7 +37,7 @@ def test_people_get_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert "by kind of layer" in out
     assert "by epoch" in out
     assert "the largest that fits is" in " ".join(out.split())
-    assert "from and to the memory of a100-sxm4-40gb" in " ".join(out.split())  # "at least": a cache may make it less
+    assert "at the memory bandwidth of a100-sxm4-40gb" in " ".join(out.split())  # "at least": a cache may make it less
 
 
 def test_epochs_share_a_row_as_far_as_it_says_the_same_of_them(
