@@ -92,7 +92,8 @@ def _print(report: CostReport, *, layers: bool) -> None:
 def _summary(report: CostReport) -> Table:
     name = planned_mark(report.origin or "") + report.name
     table = Table(
-        title=f"{name} at {format_shape(report.input_shape)}: cost of training",
+        title=f"{name} at {format_shape(report.input_shape)}: cost of training"
+        + (", with the last network of the run" if report.epochs else ""),
         box=SIMPLE_HEAD,
         show_header=False,
         title_justify="left",

@@ -142,6 +142,7 @@ def test_the_table_says_throughput_tier_and_memory(tmp_path, capsys):
     assert "images/s" in out
     assert "tier" in out
     assert "peak memory" in out
+    assert "the last network of the run, at" in " ".join(out.split())
 
 
 @pytest.mark.slow
