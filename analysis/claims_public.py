@@ -178,6 +178,16 @@ def many_gpus_later(root: Path) -> Figures:
     ]
 
 
+def many_gpus_networks(root: Path) -> Figures:
+    """Other networks of a source in the fit."""
+    row = page_row(root, "pycls", column="rows")
+    return [
+        f"median error {row['median error %']} %, {_signed(row['bias %'])} % bias",
+        f"{row['coverage %']} % inside the 90 % interval",
+        f"{row['rows']} published throughputs",
+    ]
+
+
 def host_bound(root: Path) -> Figures:
     """Only the error: the interval is as wide as hosts differ."""
     row = page_row(root, "steps that may wait for the host, GPU and network left out")
@@ -381,6 +391,7 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "saving-interval-calibrated": calibrated_savings,
     "many-gpus": many_gpus,
     "many-gpus-later": many_gpus_later,
+    "many-gpus-networks": many_gpus_networks,
     "carried-over": carried_over,
     "lab-allreduce": lab_allreduce,
     "lab-small": lab_small,

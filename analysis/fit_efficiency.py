@@ -22,6 +22,7 @@ import pandas as pd
 import tomli_w
 from fit_scaling import deduced_rows
 from public_rows import Case, Predictor, cases_of, layer_cases, training_cases
+from residuals import chip_name
 
 from ptsim.costs.datasheet import Efficiency, Fit, Host, device_factor
 from ptsim.costs.kernels import Floats
@@ -83,7 +84,7 @@ NUISANCE = {
 HOST = {"forward_s": (45e-6, 0.3), "backward_s": (25e-6, 0.5)}
 UPDATE_S = 8e-6
 MACHINE_SD = 0.6  # of the logarithm of a host's own factor
-DEVICE_SD = 0.1  # of the logarithm of a GPU's own factor
+CHIP_SD, BOARD_SD = 0.09, 0.04  # of the logarithm of a chip's own factor, and of its boards' beside it
 TRAINING_SD, LAYER_SD = 0.07, 0.25  # of one measurement of a network, of one layer
 STEPWISE_SD = 0.25  # of steps that are timed one by one with the copy of the images, the GPU idle between them
 UNUSUAL_SD = (
@@ -135,19 +136,22 @@ class Problem:
         self.networks, self.singles = Predictor(training), Predictor(layers)
         self.named = PRIORS | NUISANCE | HOST
         self.devices = sorted({case.device for case in training})
+        chips = [chip_name(device) for device in self.devices]
+        self.chips = sorted(set(chips))
+        self.chip_of = np.array([self.chips.index(chip) for chip in chips], np.intp)
         self.machines = sorted({case.machine for case in training})
         self.device_of = np.array([self.devices.index(case.device) for case in training], np.intp)
         self.machine_of = np.array([self.machines.index(case.machine) for case in training], np.intp)
         campaigns = [_campaign(case) for case in layers]
         self.campaign_of = np.array([list(NUISANCE).index(name) for name in campaigns], np.intp)
         self.floor = np.array([TENSORFLOW_FLOOR_S if name == "tensorflow_layers" else 0.0 for name in campaigns])
-        self.center = np.concatenate(
-            [np.log([center for center, _ in self.named.values()]), np.zeros(len(self.devices) + len(self.machines))]
-        )
+        own = len(self.devices) + len(self.chips) + len(self.machines)
+        self.center = np.concatenate([np.log([center for center, _ in self.named.values()]), np.zeros(own)])
         self.spread = np.concatenate(
             [
                 [sd for _, sd in self.named.values()],
-                np.full(len(self.devices), DEVICE_SD),
+                np.full(len(self.devices), BOARD_SD),
+                np.full(len(self.chips), CHIP_SD),
                 np.full(len(self.machines), MACHINE_SD),
             ]
         )
@@ -170,7 +174,7 @@ class Problem:
         young, layer_nuisance = values[len(PRIORS)], values[len(PRIORS) : len(PRIORS) + len(NUISANCE)]
         at = len(self.named)
         host = Host(forward_s=values[at - 2], backward_s=values[at - 1], update_s=UPDATE_S)
-        gpu, hosts = values[at : at + len(self.devices)], values[at + len(self.devices) :]
+        gpu, hosts = self._factors(values)
         step = self.networks.steps(
             kernel_s,
             update_s,
@@ -225,16 +229,22 @@ class Problem:
         """The parameters by name."""
         values = np.exp(x).tolist()
         named = dict(zip(self.named, values[: len(self.named)], strict=True))
-        at = len(self.named)
         residuals = self.residuals(x) * weights
+        gpu, hosts = (factors.tolist() for factors in self._factors(np.exp(x)))
         return Fitted(
             efficiency=Efficiency(**{name: named[name] for name in PRIORS}),
             host=Host(**{name: named[name] for name in HOST}, update_s=UPDATE_S),
             nuisance={name: named[name] for name in NUISANCE},
-            device_factor=dict(zip(self.devices, values[at : at + len(self.devices)], strict=True)),
-            machine_factor=dict(zip(self.machines, values[at + len(self.devices) :], strict=True)),
+            device_factor=dict(zip(self.devices, gpu, strict=True)),
+            machine_factor=dict(zip(self.machines, hosts, strict=True)),
             cost=float(residuals @ residuals) / 2,
         )
+
+    def _factors(self, values: Floats) -> tuple[Floats, Floats]:
+        """The factors of GPUs, each its board's times its chip's, and of machines."""
+        ends = np.cumsum([len(self.named), len(self.devices), len(self.chips)])
+        _, boards, chips, machines = np.split(values, ends)
+        return boards * chips[self.chip_of], machines
 
     def _kernels(self, x: Floats) -> tuple[Floats, Floats, Floats]:
         efficiency = Efficiency(**dict(zip(PRIORS, np.exp(x[: len(PRIORS)]).tolist(), strict=True)))

@@ -55,6 +55,23 @@ RELEASES = {
 # Whose EfficientNets of April 2020 have SiLU as x * sigmoid(x): torch had no operator for it yet (effnet.py as of
 # 1caf15bb).
 PYCLS = "https://github.com/facebookresearch/pycls"
+# Its RegNets that torchvision does not have, or has with other widths: blocks and channels of each stage, and channels
+# of a group (configs/dds_baselines and pycls/models/regnet.py as of 1caf15bb).
+REGNETS = {
+    "regnet_x_200mf": ((1, 1, 4, 7), (24, 56, 152, 368), 8),
+    "regnet_x_400mf": ((1, 2, 7, 12), (32, 64, 160, 384), 16),
+    "regnet_x_600mf": ((1, 3, 5, 7), (48, 96, 240, 528), 24),
+    "regnet_x_4gf": ((2, 5, 14, 2), (80, 240, 560, 1360), 40),
+    "regnet_x_6_4gf": ((2, 4, 10, 1), (168, 392, 784, 1624), 56),
+    "regnet_x_12gf": ((2, 5, 11, 1), (224, 448, 896, 2240), 112),
+    "regnet_y_200mf": ((1, 1, 4, 7), (24, 56, 152, 368), 8),
+    "regnet_y_600mf": ((1, 3, 7, 4), (48, 112, 256, 608), 16),
+    "regnet_y_800mf": ((1, 3, 8, 2), (64, 128, 320, 768), 16),
+    "regnet_y_4gf": ((2, 6, 12, 2), (128, 192, 512, 1088), 64),
+    "regnet_y_6_4gf": ((2, 7, 14, 2), (144, 288, 576, 1296), 72),
+    "regnet_y_8gf": ((2, 4, 10, 1), (168, 448, 896, 2016), 56),
+    "regnet_y_12gf": ((2, 5, 11, 1), (224, 448, 896, 2240), 112),
+}
 PAGEABLE_BYTES_PER_S = 6e9  # host to device copy of pageable memory over PCIe 3; nuisance of 14 rows
 
 
@@ -176,7 +193,8 @@ def _mean_update(row: pd.Series, network: Network, setting: StepSetting) -> Upda
 
 def network_name(row: pd.Series) -> str:
     """The key of a row's network in networks.json.gz."""
-    library = "pycls" if row.source == PYCLS and row.model.startswith("efficientnet") else "torchvision"
+    own = row.source == PYCLS and (row.model in REGNETS or row.model.startswith("efficientnet"))
+    library = "pycls" if own else "torchvision"
     return f"{library}:{row.model}@{row.image_size}"
 
 

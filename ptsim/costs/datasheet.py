@@ -222,6 +222,7 @@ _UNCERTAINTY = {
     "unfitted": 0.4,
     "host": 0.6,
 }
+_GROUP_COLUMNS = 64  # of tiles with one group: of 1, 32, 64, 96, 128 and 192 what rows of the fit ask for
 _SPLIT_DEPTH = 256  # least depth k of a slice when the depth is split over blocks …
 _SPLIT_BLOCKS = 4  # … and how many of them an SM gets
 
@@ -312,8 +313,11 @@ def _product_seconds(kernels: Kernels, chip: Chip, e: Efficiency) -> Floats:
     m, n, k = np.maximum(kernels.m, 1), np.maximum(kernels.n, 1), np.maximum(kernels.k, 1)
     grain = np.where(tensor, 16 / kernels.element_bytes, 1)  # tensor cores load 16 bytes of depth at once
     depth = np.ceil(k / grain) * grain
-    # Kernels for groups of few channels take several groups at once.
-    several = (kernels.groups > 1) & (kernels.step != Pass.WEIGHT_GRADIENT)
+    # Where a tile has one group only, it has at least so many columns (in the weights' gradient rows), filled or not.
+    is_weights = kernels.step == Pass.WEIGHT_GRADIENT
+    least = np.where(kernels.lone_groups, _GROUP_COLUMNS, 1)
+    m, n = np.where(is_weights, np.maximum(m, least), m), np.where(is_weights, n, np.maximum(n, least))
+    several = (kernels.groups > 1) & ~is_weights
     ramp = e.ramp * np.where(several, np.minimum(n / _TILES[-1][1], 1), 1)
     best = np.full(m.shape, np.inf)
     for rows, columns in _TILES:

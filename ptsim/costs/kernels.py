@@ -77,6 +77,7 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
             differ in work.
         padded: channels are filled up to whole loads by a copy.
         odd_groups: a grouped convolution in channels_last for which no tensor-core kernel exists.
+        lone_groups: another grouped convolution whose kernel does not take several groups into one tile.
         unfitted: a transposed convolution, or one over one or three axes: no row of any fit has one.
         moved_bytes: every operand read once, every result written once.
         layout_bytes: what conversions between NCHW and NHWC around the kernel move.
@@ -101,6 +102,7 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
     strided: bool = False
     padded: bool = False
     odd_groups: bool = False
+    lone_groups: bool = False
     unfitted: bool = False
     layout_bytes: float = 0.0
     blocks: float = math.inf
@@ -122,6 +124,7 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     strided: npt.NDArray[np.bool_]
     padded: npt.NDArray[np.bool_]
     odd_groups: npt.NDArray[np.bool_]
+    lone_groups: npt.NDArray[np.bool_]
     unfitted: npt.NDArray[np.bool_]
     moved_bytes: Floats
     layout_bytes: Floats
@@ -133,7 +136,7 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, kernels: Iterable[Kernel]) -> Kernels:
         """The columns of these kernels."""
         rows = list(kernels)
-        flags = dict.fromkeys(("winograd", "strided", "padded", "odd_groups", "unfitted"), np.bool_)
+        flags = dict.fromkeys(("winograd", "strided", "padded", "odd_groups", "lone_groups", "unfitted"), np.bool_)
         integers = {"layer": np.intp, "work": np.intp, "step": np.intp, **flags}
         return cls(
             **{
@@ -223,7 +226,8 @@ def convolution_kernels(
     ragged = halves and any(count % LOADED_HALVES for count in (channels_in, channels_out) if count > 4)
     # cuDNN's NHWC kernels for groups want as many channels out as in and whole warps of groups (ResNeXt has 32 or 64).
     usual = channels_in == channels_out and layer.groups % 32 == 0 and layer.dilation == (1, 1)
-    odd_groups = halves and not foreign and layer.groups > 1 and not depthwise and not usual
+    grouped = layer.groups > 1 and not depthwise
+    odd_groups = halves and not foreign and grouped and not usual
     transposed, flat = is_transposed(layer.op), layer.spatial_axes == 2
     square = flat and layer.kernel_size == (3, 3)
     spread = Pass.FORWARD if transposed else Pass.INPUT_GRADIENT  # from few pixels to many
@@ -245,6 +249,7 @@ def convolution_kernels(
             strided=step is spread and stride > 1,
             padded=ragged and not depthwise,
             odd_groups=odd_groups,
+            lone_groups=grouped and not odd_groups and not (halves and usual),
             unfitted=transposed or not flat,
             moved_bytes=x + y + w,
             layout_bytes=2 * (x + y) if (foreign or ragged) and not depthwise else 0.0,

@@ -209,7 +209,8 @@ def test_the_accuracy_page_states_errors_and_coverage(script, monkeypatch):
             "predicted_efficiency": [0.92, 0.84, 0.9, 0.8],
         }
     )
-    later = many.head(2).assign(way="later", model="resnet50", precision="fp32")
+    later = many.head(2).assign(way="later", model="resnet50", precision="fp32", source=["x/two", "x/new"])
+    later["log_ratio"] = [0.1, -0.1]
     parts = validate.made(rows, many, later)
     marks = "".join(f"<!-- made: {name} -->\n<!-- end -->\n" for name in parts)
     text = validate.filled(marks, parts)
@@ -222,6 +223,8 @@ def test_the_accuracy_page_states_errors_and_coverage(script, monkeypatch):
     assert "| source | one | 1 | 0.0 | 0.0 | 18.1 | 22.1 | 22.1 | -18.1 | 100.0 |" in text
     assert "| two | 1 | 9.5 | 10.5 | – | – | – | – | 0.0 |" in text
     assert "| two | resnet50 | fp32 | 1 | 10.5 |" in text
+    assert parts["later-of-known"] == "9.5 %, with a bias of 10.5 % and 100.0 % inside."
+    assert parts["later"] == "10.5 %, with a bias of -9.5 % and 0.0 % inside."
 
 
 def test_rows_of_many_gpus_are_asked_of_the_interval_of_other_gpus_and_of_the_other_source(script):

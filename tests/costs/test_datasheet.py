@@ -382,6 +382,15 @@ BACKWARD = {"step": Pass.WEIGHT_GRADIENT}
         ({"groups": 2, "n": 64, "efficiency": {"ramp": 16.0}}, 80 / 64),
         ({"groups": 2, "n": 8, "efficiency": {"ramp": 16.0, "weight_gradient": 1.0}, **BACKWARD}, 80 / 64),
         ({"n": 8, "efficiency": {"ramp": 16.0}}, 80 / 64),
+        # Groups with tiles of their own: each has 64 columns, of the weights' gradient 64 rows, and a whole ramp.
+        ({"groups": 4, "n": 8}, 1),
+        ({"groups": 4, "n": 8, "lone_groups": True}, 2),
+        ({"groups": 4, "n": 8, "lone_groups": True, "efficiency": {"ramp": 16.0}}, 2 * 80 / 64),
+        ({"groups": 4, "n": 64, "lone_groups": True}, 2),
+        ({"groups": 4, "n": 65, "lone_groups": True}, 3),
+        ({"groups": 4, "m": 8, "lone_groups": True, "step": Pass.INPUT_GRADIENT}, 4),
+        ({"groups": 4, "m": 8, "lone_groups": True, **BACKWARD}, 8),
+        ({"groups": 4, "m": 64, "n": 8, "lone_groups": True, **BACKWARD}, 8),
         ({"groups": 5}, 2),  # on 4 SMs
         # Tensor cores load 16 bytes of depth at once.
         ({"k": 65, "element_bytes": 2.0, "chip": {"tensor": 1.0}}, 72 / 64 * 50 / 80),

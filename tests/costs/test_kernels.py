@@ -412,6 +412,24 @@ def test_which_groups_have_tensor_core_kernels(changes, odd):
 
 
 @pytest.mark.parametrize(
+    ("groups", "how", "lone"),
+    [
+        (1, {}, False),
+        (16, {}, True),
+        (32, {}, True),
+        (128, {}, False),  # depthwise
+        (16, {"halves": True}, False),  # another kernel, on CUDA cores
+        (16, {"halves": True, "foreign": True}, True),
+        (32, {"halves": True}, False),  # on tensor cores several groups share a tile
+        (32, {"halves": True, "foreign": True}, False),
+    ],
+)
+def test_whose_groups_have_tiles_of_their_own(groups, how, lone):
+    layer = convolution(128, 128, groups=groups)
+    assert {k.lone_groups for k in convolution_kernels(layer, batch=2, element=4, **how)} == {lone}
+
+
+@pytest.mark.parametrize(
     ("memory_format", "precision", "tensor_cores", "converts"),
     [
         ("contiguous", Precision.FP16, True, True),
