@@ -54,6 +54,23 @@ def test_cases_evaluated_together_are_those_evaluated_one_by_one(script):
         assert seconds == pytest.approx(before + kernels_s.sum() + update + waits)
 
 
+def test_boards_of_one_chip_share_most_of_their_factor(script):
+    """Only V100s of 16 GB are slow. Of what they say, 0.09² / (0.09² + 0.04²) is their chip's, so that of 32 GB too."""
+    rows, script = script("public_rows"), script("fit_efficiency")
+    wanted = ("v100-sxm2-16gb", "v100-sxm2-32gb", "rtx-3090")
+    cases = [case for case in rows.training_cases() if case.device in wanted and case.row.batch >= 16]
+    problem = script.Problem(cases, rows.layer_cases()[:10])
+    slow = np.array([case.device == "v100-sxm2-16gb" for case in cases])
+    everywhere = script.Efficiency(**{name: center for name, (center, _) in script.PRIORS.items()})
+    problem.networks.seconds = problem.networks(everywhere) * np.where(slow, 1.3, 1.0)
+    kept = np.array([case.device != "v100-sxm2-32gb" for case in cases])
+    weights = problem.weights(kept, np.zeros(10, np.bool_))
+    factor = problem.fitted(problem.solve(weights), weights).device_factor
+    own, other, foreign = (math.log(factor[name]) for name in wanted)
+    assert other / own == pytest.approx(0.09**2 / (0.09**2 + 0.04**2), abs=0.01)
+    assert own - foreign > 0.5 * math.log(1.3)
+
+
 @pytest.mark.parametrize(("date", "zeroed"), [("2023-02", 161), ("2023-03", 0)])
 @pytest.mark.parametrize("with_optimizer", [True, False])
 def test_the_update_is_that_of_a_rows_software(script, date, zeroed, with_optimizer):
