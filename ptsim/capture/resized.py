@@ -224,6 +224,8 @@ def _resized_layer(layer: Layer, num_parameters: int, before: _Seen, after: _See
     if (old, before.output[name]) == (new, after.output[name]) and num_parameters == layer.num_parameters:
         return layer
     out_old, out_new = before.output[name], after.output[name]
+    if layer.view and old and layer.output_shape == layer.input_shapes[0] and out_old is out_new is None:
+        out_old, out_new = old[0], new[0]  # chunk, split, unbind: the pieces together are the input
     if layer.once or len(old) != len(layer.input_shapes) or out_old is None or out_new is None:
         raise _UnexplainedError(name)
     inputs = tuple(_image_shape(shape, a, b) for shape, a, b in zip(layer.input_shapes, old, new, strict=True))
