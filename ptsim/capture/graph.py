@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import functools
 import inspect
+import operator
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from ptsim.capture.standins import NOT_THE_CODE
 from ptsim.capture.tracers import ShapedTracer, Tracer
 from ptsim.capture.words import named_values
 from ptsim.errors import UnsupportedModelError, lacks_memory, on_one_line
+from ptsim.operators import plain_name
 from ptsim.units import format_shape
 
 _ASKS = "the code asks what kind of thing a value is"
@@ -238,6 +240,21 @@ def traced_into(model: nn.Module, graph: fx.GraphModule) -> Iterator[tuple[str, 
     calls = called_modules(graph)
     inside = tuple(f"{call}." for call in calls)
     return ((p, module) for p, module in model.named_modules() if p not in calls and not p.startswith(inside))
+
+
+def sliced_by(node: fx.Node) -> fx.Node | None:
+    """The `tensor_split` of which a node is a part: torch makes every part by a slice of its own, as `x[:, :8]` does.
+
+    None of any other node. Those of `chunk`, `split` and `unbind` are made by one operator, which also joins their
+    gradients. Source: torch's aten/src/ATen/native/TensorShape.cpp, `tensor_split`, and native_functions.yaml.
+    """
+    if node.target is not operator.getitem or not isinstance(node.args[1], int):
+        return None
+    given = node.args[0]
+    if not isinstance(given, fx.Node) or given.op not in ("call_function", "call_method"):
+        return None
+    name = given.target if isinstance(given.target, str) else getattr(given.target, "__name__", "")
+    return given if plain_name(name) == "tensor_split" else None
 
 
 def called_modules(graph: fx.GraphModule) -> set[str]:

@@ -342,9 +342,10 @@ class TestEngine:
         careful = plan(f"{file}:split", **asked)
         assert careful.networks == planned.networks
 
-    def test_a_resized_split_is_equal_to_a_captured_one(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("split", ["chunk", "tensor_split"])
+    def test_a_resized_split_is_equal_to_a_captured_one(self, split: str, tmp_path: Path) -> None:
         file = tmp_path / "split.py"
-        file.write_text(SPLIT)
+        file.write_text(SPLIT.replace("chunk", split))
         live = zoo.find(f"{file}:split").build(num_classes=10)
         bones = skeleton(live)
         recapture = Recapture(bones, name="split", input_shape=SHAPE, num_classes=10)

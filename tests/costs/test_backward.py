@@ -51,7 +51,7 @@ class Moved(TorchDispatchMode):
     """Adds up what kernels read and write; numbers in tensors, and views, are nothing."""
 
     _NOT_READ = ("empty", "new_", "zeros", "ones", "full")
-    _COPIES = ("slice_backward", "select_backward")  # zeros, into which the gradient is copied
+    _COPIES = ("slice_backward", "select_backward", "diagonal_backward")  # zeros, into which the gradient is copied
     _PLACES = ("scatter", "scatter_")  # write into zeros that are there, and, but for this class, in their own memory
     _SHAPES = ("max_pool2d_with_indices_backward", "avg_pool2d_backward")  # take the input for its shape alone
 
@@ -95,6 +95,10 @@ class Case:
     shapes: tuple[tuple[int, ...], ...] = (FULL,)
     own: tuple[Any, ...] = ()
     more: int = 0  # bytes that ptsim counts more, with the reason beside it
+
+
+def _gated(first: Tensor, second: Tensor) -> Tensor:
+    return first * second.sigmoid()
 
 
 CASES: dict[str, Case] = {
@@ -189,6 +193,25 @@ CASES: dict[str, Case] = {
     "unbound": Case(lambda x: torch.stack(x.unbind(1)[::-1], 1)),
     "part": Case(lambda x: x[:, 1:].exp()),
     "place": Case(lambda x: x[:, 1].exp()),
+    "parts without a size": Case(lambda x: _gated(*x.exp().tensor_split(2, 1))),
+    "parts up to places": Case(lambda x: _gated(*torch.tensor_split(x.exp(), (2,), dim=1))),
+    "parts of a loop": Case(lambda x: torch.cat([y.exp() for y in x.exp().tensor_split(3, 1)], 1)),
+    "halves of the rows": Case(lambda x: _gated(*torch.hsplit(x.exp(), 2))),
+    "halves of the columns": Case(lambda x: _gated(*x.exp().dsplit(2))),
+    "one part of three": Case(lambda x: x.tensor_split(3, 1)[1].exp()),
+    "halves without a check": Case(lambda x: torch.cat(x.unsafe_chunk(2, 1)[::-1], 1)),
+    "parts without a check": Case(lambda x: torch.cat(x.unsafe_split(3, 1)[::-1], 1)),
+    "two parts": Case(lambda x: (lambda y: _gated(y[:, :2], y[:, 2:]))(x.exp())),
+    "a window": Case(lambda x: x[:, :, 1:-1, 2:-1].exp()),
+    "a window of some channels": Case(lambda x: x[:, 1:, 1:, 1:-1].exp()),
+    "every second pixel": Case(lambda x: x[..., ::2, ::2].exp()),
+    "all pixels by fours": Case(
+        lambda x: (lambda y: torch.cat([y[..., i::2, j::2] for i in range(2) for j in range(2)], 1))(x.exp())
+    ),
+    "one row of a channel": Case(lambda x: x[:, 1, 2].exp()),
+    "a column": Case(lambda x: x[:, :, :, 3].exp()),
+    "a channel and an axis": Case(lambda x: x[:, None, 1].exp()),
+    "the diagonal": Case(lambda x: x.diagonal(0, 2, 3).exp()),
     "part by narrow": Case(lambda x: x.narrow(1, 0, 2).exp()),
     "another shape": Case(lambda x: x[:, :, None].flatten(1, 2).transpose(1, 2).exp()),
 }  # fmt: skip
