@@ -155,7 +155,7 @@ class _Watcher(fx.Interpreter):
             given = list(output_tensors(result))
             step.outputs = tuple(tuple(t.shape) for t in given)
             step.gives_gradient = any(t.requires_grad for t in given)
-            step.inplace = versions != [t._version for t in handed]
+            step.inplace = versions != [t._version for t in handed] or "overwrites" in n.meta
             step.works = bool(given) and (step.inplace or not all(any(t is h for h in handed) for t in given))
             step.view = not step.inplace and all(t.untyped_storage()._cdata in storages for t in given)
             if (split := sliced_by(n)) is not None:

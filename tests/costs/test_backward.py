@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from analysis.check_counts import kept_bytes
 from ptsim.capture.network import capture_network
 from ptsim.costs.kernels import Pass, Work, network_kernels
+from ptsim.costs.memory import iteration_memory
 from ptsim.network import LayerKind, Network
 from ptsim.setting import StepSetting
 from tests.costs.test_kernels import chain, on_16_channels
@@ -254,6 +257,15 @@ IN_PLACE: dict[str, Case] = {
     "product with what has no gradient": Case(lambda x, y: x.mul_(y.detach()), (FULL, FULL)),
     "quotient": Case(lambda x, y: x.div_(y), (FULL, FULL)),
     "quotient by a number": Case(lambda x: x.div_(3)),
+    "sum by a sign": Case(operator.iadd, (FULL, FULL)),
+    "product by a sign": Case(operator.imul, (FULL, FULL)),
+    "product with a gate by a sign": Case(operator.imul, (FULL, GATE)),
+    "product with a scale by a sign": Case(operator.imul, own=((WIDTH, 1, 1),)),
+    "product with a number by a sign": Case(lambda x: operator.imul(x, 3)),
+    "product with what has no gradient by a sign": Case(lambda x, y: operator.imul(x, y.detach()), (FULL, FULL)),
+    "quotient by a sign": Case(operator.itruediv, (FULL, FULL)),
+    "quotient by a number by a sign": Case(lambda x: operator.itruediv(x, 3)),
+    "power by a sign": Case(lambda x: operator.ipow(x, 2)),
 }  # fmt: skip
 
 
@@ -297,6 +309,14 @@ def test_operators_in_place_copy_what_their_gradient_needs(name: str) -> None:
     with Moved() as moved:
         case.function(*operands, *model.own)
     assert moved_by_ptsim(network, forward=True) == (moved.num_bytes, moved.kernels)
+
+
+@pytest.mark.parametrize("name", [name for name in IN_PLACE if name.endswith("by a sign")])
+def test_what_operators_in_place_keep_is_what_autograd_saves(name: str) -> None:
+    model, network = described(IN_PLACE[name])
+    kept = iteration_memory(network, StepSetting(batch=BATCH)).activation_bytes
+    by_layer = sum(layer.saved_bytes(BATCH, 4) for layer in network.layers)
+    assert kept == by_layer == kept_bytes(model, torch.rand(BATCH, 3, SIDE, SIDE))
 
 
 @pytest.mark.slow
