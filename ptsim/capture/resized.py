@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from ptsim.capture.copies import dtype_of
 from ptsim.capture.graph import called_modules, evaluation_mode, sliced_by, traced_into
 from ptsim.capture.network import capture_network, layer_names
-from ptsim.capture.tracers import kept_shape
+from ptsim.capture.tracers import kept_shape, plain_arguments
 from ptsim.capture.ways import fullest_graph
 from ptsim.capture.words import words_of
 from ptsim.network import Footprint, Layer, LayerKind, Moment, Network, Parameter
@@ -123,7 +123,8 @@ class _Seen:
             model.train()
             self.graph = traced if traced is not None else fullest_graph(model, (_BATCH, *input_shape))
             watcher = _Watcher(model if traced is not None else self.graph, self.graph)
-            watcher.run(torch.empty((_BATCH, *input_shape), dtype=dtype_of(model), device="meta"))
+            with torch.device("meta"):  # where the code makes tensors without saying where
+                watcher.run(torch.empty((_BATCH, *input_shape), dtype=dtype_of(model)))
         names = layer_names(self.graph)
         self.inputs = {names[node]: shapes for node, shapes in watcher.inputs.items()}
         self.output = {names[node]: shape for node, shape in watcher.results.items()}
@@ -191,10 +192,17 @@ class _Watcher(fx.Interpreter):
             self.results[n] = tuple(result.shape) if isinstance(result, Tensor) else None
         return result
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the node is called with; devices are the one without storage."""
+        args: Any = fx.map_arg(plain_arguments(n.args, "meta"), self.env.__getitem__)
+        kwargs: Any = fx.map_arg(plain_arguments(n.kwargs, "meta"), self.env.__getitem__)
+        return args, kwargs
+
     def fetch_attr(self, target: str) -> Any:
         """Of the model; a tensor that its code has made while it was traced lies beside the graph alone."""
         made = "." not in target and not hasattr(self.module, target)
-        return getattr(self._traced, target) if made else super().fetch_attr(target)
+        value = getattr(self._traced, target) if made else super().fetch_attr(target)
+        return value.to("meta") if isinstance(value, Tensor) else value
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module; some only for their shape."""
