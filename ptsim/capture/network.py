@@ -321,7 +321,7 @@ def _followers(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _edges(nodes: list[fx.Node], names: Mapping[fx.Node, str], steps: Mapping[str, Step]) -> Iterator[tuple[str, str]]:
-    """Producer and consumer layers; nodes that only hand something on are looked through.
+    """Producer and consumer layers; nodes that only hand something on are looked through, shapes and numbers are not.
 
     What a statement of its own writes into a tensor (`y.add_(x)`) comes from there on to those that take the tensor.
     """
@@ -329,12 +329,12 @@ def _edges(nodes: list[fx.Node], names: Mapping[fx.Node, str], steps: Mapping[st
     sources: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in nodes[0].graph.nodes if nodes else ():
         found = dict.fromkeys(s for at in node.all_input_nodes for s in sources[at])
+        step = steps.get(node.name)
         if node in works:
             yield from ((names[source], names[node]) for source in found)
             sources[node] = (node,)
         else:
-            sources[node] = tuple(found)
-        step = steps.get(node.name)
+            sources[node] = tuple(found) if step is None or step.outputs or step.inplace else ()
         if step is not None and step.inplace and not node.users and isinstance(node.args[0], fx.Node):
             sources[node.args[0]] = sources[node]
 

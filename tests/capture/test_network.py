@@ -574,3 +574,20 @@ def test_nothing_of_what_a_capture_copies_stays_in_memory() -> None:
     for _ in range(3):  # what other tests have left may go meanwhile
         capture_network(model, name="m", input_shape=(3, 8, 8), num_classes=4)
     assert modules() <= before
+
+
+class _Resizing(nn.Module):
+    """Makes one tensor as large as another one, which it adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide, narrow = self.wide(x), self.narrow(x)
+        return wide + nn.functional.interpolate(narrow, size=wide.shape[2:])
+
+
+def test_a_shape_that_is_asked_for_is_no_edge_along_which_a_gradient_comes_back() -> None:
+    network = capture_network(_Resizing(), name="resizing", input_shape=(3, 8, 8), num_classes=8)
+    assert set(network.edges) == {("narrow", "interpolate"), ("interpolate", "add"), ("wide", "add")}
