@@ -11,6 +11,7 @@ import enum
 import functools
 import inspect
 import operator
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -251,10 +252,22 @@ def sliced_by(node: fx.Node) -> fx.Node | None:
     if node.target is not operator.getitem or not isinstance(node.args[1], int):
         return None
     given = node.args[0]
-    if not isinstance(given, fx.Node) or given.op not in ("call_function", "call_method"):
-        return None
-    name = given.target if isinstance(given.target, str) else getattr(given.target, "__name__", "")
-    return given if plain_name(name) == "tensor_split" else None
+    return given if isinstance(given, fx.Node) and plain_name(_called(given)) == "tensor_split" else None
+
+
+def reads_none(node: fx.Node) -> bool:
+    """Whether a node makes a tensor like another one and reads none of its elements: `x.new_empty(4)`, `zeros_like`."""
+    return _LIKE.fullmatch(_called(node)) is not None
+
+
+_LIKE = re.compile(r"new_(empty|zeros|ones|full|empty_strided)|(empty|zeros|ones|full|rand|randn|randint)_like")
+
+
+def _called(node: fx.Node) -> str:
+    """The name of the function or method that a node calls; of any other node nothing."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
 
 
 def called_modules(graph: fx.GraphModule) -> set[str]:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ptsim.capture.chance import chance_of, random_state_kept
 from ptsim.capture.counts import forward_macs
 from ptsim.capture.footprint import footprints
-from ptsim.capture.graph import evaluation_mode, note_tracer, symbolic_graph
+from ptsim.capture.graph import evaluation_mode, note_tracer, reads_none, symbolic_graph
 from ptsim.capture.kinds import (
     counts_products,
     foreign_operator,
@@ -328,7 +328,7 @@ def _edges(nodes: list[fx.Node], names: Mapping[fx.Node, str], steps: Mapping[st
     works = set(nodes)
     sources: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in nodes[0].graph.nodes if nodes else ():
-        found = dict.fromkeys(s for at in node.all_input_nodes for s in sources[at])
+        found = dict.fromkeys(s for at in node.all_input_nodes for s in sources[at] if not reads_none(node))
         step = steps.get(node.name)
         if node in works:
             yield from ((names[source], names[node]) for source in found)

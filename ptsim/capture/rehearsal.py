@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ptsim.capture.chance import random_state_kept
 from ptsim.capture.copies import copied, dtype_of, hollow_copy
-from ptsim.capture.graph import naming_the_image, output_tensors, sliced_by, symbolic_graph
+from ptsim.capture.graph import naming_the_image, output_tensors, reads_none, sliced_by, symbolic_graph
 from ptsim.capture.hollow import NoArithmetic
 from ptsim.capture.kept import KeptStorages
 from ptsim.capture.looking import let_hooks_look
@@ -136,6 +136,8 @@ class _Watcher(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         handed = [value for at in n.all_input_nodes if at.op != "get_attr" for value in output_tensors(self.env[at])]
+        if reads_none(n):
+            handed = []
         arguments, keywords = pytree.tree_map_only(Tensor, Tensor.size, self.fetch_args_kwargs_from_env(n))
         step = Step(arguments, keywords, tuple(tuple(t.shape) for t in handed))
         step.needs_gradient = tuple(t.requires_grad for t in handed)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptsim.capture.copies import dtype_of
-from ptsim.capture.graph import called_modules, evaluation_mode, sliced_by, traced_into
+from ptsim.capture.graph import called_modules, evaluation_mode, reads_none, sliced_by, traced_into
 from ptsim.capture.network import capture_network, layer_names
 from ptsim.capture.tracers import kept_shape, plain_arguments
 from ptsim.capture.ways import fullest_graph
@@ -185,7 +185,7 @@ class _Watcher(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.op.startswith("call_"):
-            handed = [self.env[at] for at in n.all_input_nodes if at.op != "get_attr"]
+            handed = [self.env[at] for at in n.all_input_nodes if at.op != "get_attr" and not reads_none(n)]
             self.inputs[n] = tuple(tuple(value.shape) for value in handed if isinstance(value, Tensor))
             if (split := sliced_by(n)) is not None:
                 self.inputs[n] = self.inputs[split]

@@ -591,3 +591,30 @@ class _Resizing(nn.Module):
 def test_a_shape_that_is_asked_for_is_no_edge_along_which_a_gradient_comes_back() -> None:
     network = capture_network(_Resizing(), name="resizing", input_shape=(3, 8, 8), num_classes=8)
     assert set(network.edges) == {("narrow", "interpolate"), ("interpolate", "add"), ("wide", "add")}
+
+
+class _Dropping(nn.Module):
+    """Stochastic depth as timm writes it: a number for every image, made like the tensor that it is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return x * x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(0.5) + torch.zeros_like(x)
+
+
+def test_what_is_made_like_a_tensor_reads_none_of_it() -> None:
+    network = capture_network(_Dropping(), name="dropping", input_shape=(3, 8, 8), num_classes=8)
+    inputs = {layer.name: layer.input_shapes for layer in network.layers}
+    assert inputs == {
+        "conv": ((3, 8, 8),),
+        "new_empty": (),
+        "bernoulli_": ((1, 1, 1),),
+        "mul": ((8, 8, 8), (1, 1, 1)),
+        "zeros_like": (),
+        "add": ((8, 8, 8), (8, 8, 8)),
+    }
+    made = ("new_empty", "bernoulli_"), ("bernoulli_", "mul"), ("zeros_like", "add")
+    assert set(network.edges) == {("conv", "mul"), ("mul", "add"), *made}
