@@ -400,7 +400,8 @@ def _proposal(asked: _Asked, dense: Dense, search: _Search, seeds: Sequence[int]
 
     def note(pruning: str, found: Sequence[dict[str, float]]) -> None:
         for reached in found:
-            waiting.setdefault(with_targets(pruning, reached), _miss(reached, search.aimed))
+            if min(reached.values()) < 1 - TOLERANCE:  # else nothing is pruned
+                waiting.setdefault(with_targets(pruning, reached), _miss(reached, search.aimed))
 
     try:
         note(asked.pruning, search.reached)

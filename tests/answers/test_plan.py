@@ -93,6 +93,30 @@ def split(num_classes=10):
     return Split()
 split.input_shape = (3, 16, 16)
 """
+SHUFFLE = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class Shuffle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.a, self.bn = nn.Conv2d(32, 32, 1, groups=4), nn.BatchNorm2d(32)
+        self.dw, self.b = nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 32, 1, groups=4)
+        self.last = nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        y = F.relu(self.bn(self.a(x)))
+        n, c, h, w = y.shape
+        y = y.view(n, 4, c // 4, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        return self.last(F.relu(x + self.b(self.dw(y))).mean((2, 3)))
+
+def shuffle(num_classes=10):
+    return Shuffle()
+shuffle.input_shape = (3, 32, 32)
+"""
 RECORDED = Path(__file__).parents[2] / "traces" / "cifar10-resnet20" / "prunetrain-r0.2.jsonl"
 BASE = {"images": 1024, "epochs": 12, "batch": 32, "interval": 3}
 
@@ -341,6 +365,14 @@ class TestEngine:
         monkeypatch.setattr(build.Dense, "takes_trying_out", False)  # then every network is tried out at once
         careful = plan(f"{file}:split", **asked)
         assert careful.networks == planned.networks
+
+    @pytest.mark.slow
+    def test_a_hint_does_not_propose_to_prune_nothing(self, tmp_path: Path) -> None:
+        file = tmp_path / "shuffle.py"
+        file.write_text(SHUFFLE)
+        with pytest.raises(UsageError, match=r"the nearest is training=0\.74") as refused:
+            plan(f"{file}:shuffle", images=50_000, epochs=10, batch=64, pruning="training=0.7,inference=0.5")
+        assert refused.value.hint is None  # of its 8 sets of channels a few go at once, and half a point is less
 
     @pytest.mark.parametrize("split", ["chunk", "tensor_split"])
     def test_a_resized_split_is_equal_to_a_captured_one(self, split: str, tmp_path: Path) -> None:
