@@ -85,6 +85,8 @@ def _described(
     nodes = [node for node in graph.graph.nodes if node.name in small.steps and small.steps[node.name].works]
     if not nodes:
         raise UnsupportedModelError(f"{name} computes nothing with its images, so that there is nothing to count")
+    if not _outputs(graph):
+        raise UnsupportedModelError(f"{name} returns no tensor")
     auxiliary = _auxiliary(model, graph, input_shape)
     owners = _owners(small, nodes)
     macs = forward_macs(model, input_shape, graph.meta["way"])

@@ -618,3 +618,17 @@ def test_what_is_made_like_a_tensor_reads_none_of_it() -> None:
     }
     made = ("new_empty", "bernoulli_"), ("bernoulli_", "mul"), ("zeros_like", "add")
     assert set(network.edges) == {("conv", "mul"), ("mul", "add"), *made}
+
+
+class _Mute(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> None:
+        self.conv(x)
+
+
+def test_a_network_that_returns_nothing_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="^mute returns no tensor$"):
+        capture_network(_Mute(), name="mute", input_shape=(3, 8, 8), num_classes=8)
