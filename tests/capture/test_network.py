@@ -630,5 +630,5 @@ class _Mute(nn.Module):
 
 
 def test_a_network_that_returns_nothing_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="^mute returns no tensor$"):
+    with pytest.raises(UnsupportedModelError, match=r"^mute returns no tensor$"):
         capture_network(_Mute(), name="mute", input_shape=(3, 8, 8), num_classes=8)
