@@ -91,8 +91,8 @@ _COMPOSITE: dict[str, tuple[int, int, int, int, int]] = {
     "gumbel_softmax": (12, 6, 5, 2, 0),
 }
 # Operators whose gradient needs what they read; that of `relu`, `sigmoid` or `exp` needs what they gave. So did that of
-# `hardtanh` and `relu6` in place before PyTorch 1.10 (pytorch issue 95432), which is not told apart: 9 % of MobileNetV2's
-# bytes in fp32 are copies that it did not make then, and of 5.1 GB for 64 images it needed 1.6 less.
+# `hardtanh` and `relu6` in place before PyTorch 1.10 (pytorch issue 95432), which is not told apart: 9 % of
+# MobileNetV2's bytes in fp32 are copies that it did not make then, and of 5.1 GB for 64 images it needed 1.6 less.
 _INPUT_NEEDED = """
     silu mish hardswish hardsigmoid relu6 hardtanh threshold clamp clamp_min clamp_max clip erf erfc erfinv abs log
     log1p log2 log10 logit sin sinh asin cos cosh acos atan sinc pow square lgamma digamma nan_to_num
