@@ -309,6 +309,11 @@ def written(net, y, h):
     return y
 
 
+def placed(net, y, h):
+    y[:, :, 0] = net.b(h)[:, :, 0]
+    return y
+
+
 @pytest.mark.parametrize(
     ("join", "bias", "goes"),
     [
@@ -341,6 +346,8 @@ def written(net, y, h):
         (lambda net, y, h: net.plain(y) * net.b(h), False, 0),
         (lambda net, y, h: y @ net.b(h), False, 2),  # image by image
         (written, False, 0),
+        (placed, False, 0),
+        (lambda net, y, h: F.conv2d(y, net.b.weight), False, 0),  # of a function nobody can listen what it hears
     ],
 )
 def test_a_channel_that_a_layer_without_a_batch_norm_writes_too_stays(join, bias, goes):
@@ -352,6 +359,28 @@ def test_a_channel_that_a_layer_without_a_batch_norm_writes_too_stays(join, bias
     surgery = reconfigure(model, find_groups(model, SMALL_IMAGE), importance_of=Slimming.importance)
     assert (surgery.changed, model.a.out_channels) == (goes > 0, 6 - goes)
     images = torch.randn(4, *SMALL_IMAGE)
+    torch.testing.assert_close(model.eval()(images), before.eval()(images))
+
+
+class Brightest(nn.Module):
+    """To every channel the images' brightness beyond 100 is added: nothing, of images between 0 and 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x))) + torch.relu(x.mean(1, keepdim=True) - 100)
+        return self.head(x.mean((2, 3)))
+
+
+def test_channels_to_which_images_are_added_stay_though_the_images_of_a_trial_add_nothing():
+    model = Brightest()
+    with torch.no_grad():
+        model.norm.weight[[1, 4]] = model.norm.bias[[1, 4]] = 0
+    before = copy.deepcopy(model)
+    assert not reconfigure(model, find_groups(model, SMALL_IMAGE), importance_of=Slimming.importance).changed
+    images = 200 * torch.rand(4, *SMALL_IMAGE)
     torch.testing.assert_close(model.eval()(images), before.eval()(images))
 
 

@@ -78,6 +78,12 @@ def test_a_grouped_convolution_of_which_everything_goes_is_equal() -> None:
     assert left(balanced(groups, everything, torch.ones(10))) == set(range(10))
 
 
+def test_of_every_group_that_does_not_go_as_a_whole_the_most_important_channel_stays() -> None:
+    groups = network(layer("a", [0, 1, 2, 3], [4, 5], groups=2))
+    importance = torch.tensor([0.2, 0.1, 0.3, 0.4, 1, 1])
+    assert left(balanced(groups, mask({0, 1, 2, 3}, 6), importance)) == {1, 2}
+
+
 @pytest.mark.parametrize(
     ("multiple", "goes"),
     [

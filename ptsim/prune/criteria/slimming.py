@@ -137,10 +137,10 @@ def _passes(
     kind = plain_name(name_of(node) if module is None else type(module).__name__)
     if kind in ("mul", "matmul", "bmm", "mm"):  # zero if one of the operands is
         return all(source in loud for source in sources)
-    if kind == "div" or kind.startswith("conv"):  # if the first one is
+    if kind == "div":  # if the first one is
         first = next(iter(node.args), None)
         return first in loud or not isinstance(first, fx.Node) or first.op == "get_attr"
-    made = node.op.startswith("call") and not sources and "zeros" not in kind  # of parameters or numbers alone
+    made = not sources and "zeros" not in kind  # of parameters or numbers alone
     if made or any(source in loud for source in sources):
         return True
     shifts = kind in SUMS | DIFFERENCES and len(sources) < 2  # by a number or parameter
