@@ -33,6 +33,7 @@ from ptsim.units import (
     percent,
     read_quantity,
     shown_number,
+    some_of,
     time_stamp,
     together,
     write_quantity,
@@ -254,6 +255,7 @@ def test_names_and_counts_in_a_sentence():
     assert [listed(["a", "b", "c"][:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
     assert [counted(n, "epoch") for n in (0, 1, 2000)] == ["0 epochs", "1 epoch", "2,000 epochs"]
     assert counted(2, "GPU is", "GPUs are") == "2 GPUs are"
+    assert [some_of("abcd"[:n]) for n in (1, 3, 4)] == ["a", "a, b, c", "a, b, c and others"]
     assert (in_turn([1, 4, 1]), in_turn([2])) == ("1, then 4", "2")
 
 

@@ -153,6 +153,19 @@ def test_a_sum_hands_its_gradient_to_both_branches() -> None:
     assert found.channels_last == moments((1960, 656, 0), (36 + 36, 616, 1960), (0, 616, 1996), (432, 232, 1996))
 
 
+def test_a_smaller_operand_of_a_sum_has_a_gradient_of_its_own() -> None:
+    """r → p → a ← r, where p is a number a channel: its gradient has 12 bytes, and lies in no other.
+
+    When p runs backward, there are its gradient and two of r, one of them the sum's, beside 192 kept and 40 of loss.
+    """
+    layers, edges = head("a", saved=48)
+    pool = layer("p", LayerKind.POOL, output_shape=(3, 1, 1))
+    total = layer("a", LayerKind.ELEMENTWISE, input_shapes=((3, 4, 4), (3, 1, 1)), output_saved=True)
+    network = built((*stem(), pool, total, *layers), (("c", "r"), ("r", "p"), ("r", "a"), ("p", "a"), *edges))
+    found = walked_footprint(network, gpu=False, half=False)
+    assert max(moment.image_bytes for moment in found.contiguous if moment.gradient_bytes) == 192 + 40 + 2 * 192 + 12
+
+
 @pytest.mark.parametrize("op", ["sub", "rsub"])
 def test_a_difference_hands_its_gradient_to_one_branch_and_its_negative_to_the_other(op: str) -> None:
     """r → d → a ← r, as with the sum above, but r's and d's gradients are two tensors.
@@ -266,11 +279,15 @@ def test_gradients_and_images_count_alike_where_the_nearest_moment_is_looked_for
     """Of the walk's 1,960 bytes of gradients and 616 an image.
 
     900 and 616 are 1060/1960 from ReLU's moment, and 900/1960 + 152/616 from the linear layer's; 0 and 616 are a whole
-    1 from the one, and 152/616 from the other.
+    1 from the one, and 152/616 from the other. 1,000 and 448 are 960/1960 + 24/616 = 0.529 from the view's, 1,960 and
+    424, and 1000/1960 + 16/616 = 0.536 from the linear layer's, 0 and 464.
     """
-    watched = msgspec.structs.replace(BARE, contiguous=moments((0, 616, 900)), channels_last=moments((0, 616, 0)))
+    watched = msgspec.structs.replace(
+        BARE, contiguous=moments((0, 616, 900), (0, 448, 1000)), channels_last=moments((0, 616, 0))
+    )
     found = rescaled(watched, chain(3), chain(6))
-    assert found.contiguous == moments((0, 1192, 1782))  # 900 · 3,880 / 1,960
+    # 900 and 1,000 · 3,880 / 1,960; 448 · 808 / 424
+    assert found.contiguous == moments((0, 1192, 1782), (0, 854, 1980))
     assert found.channels_last == moments((0, 1126, 0))  # 616 · 848 / 464
 
 
