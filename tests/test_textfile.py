@@ -151,6 +151,17 @@ def test_all_of_a_file_is_on_the_disk_before_it_gets_its_name_and_then_the_name(
     assert seen == [(11, "old"), ("folder", "the new one")]
 
 
+def test_a_new_file_gets_the_usual_permissions_and_an_old_one_keeps_its_own(tmp_path):
+    usual = os.umask(0o027)
+    try:
+        for expected in (0o640, 0o604):
+            write_whole(tmp_path / "x", "text")
+            assert (tmp_path / "x").stat().st_mode & 0o7777 == expected
+            (tmp_path / "x").chmod(0o604)
+    finally:
+        os.umask(usual)
+
+
 def test_a_torn_line_is_cut(tmp_path):
     file = tmp_path / "x"
     file.write_bytes(b"a\nb\nc")

@@ -124,6 +124,15 @@ def test_the_highest_moments_of_a_chain(
     )
 
 
+def test_a_trained_bias_beside_frozen_weights_has_a_gradient() -> None:
+    """The chain's convolution with 3 biases alone to learn: 12 bytes instead of 216."""
+    conv, *others = chain().layers
+    conv = msgspec.structs.replace(conv, weight_needs_gradient=False, num_parameters=3)
+    network = msgspec.structs.replace(chain(), layers=(conv, *others))
+    found = walked_footprint(network, gpu=False, half=False)
+    assert found.contiguous == moments((0, 616, 1960), (12, 552, 1960), (1960, 464, 0))
+
+
 def test_a_network_without_a_footprint_is_walked() -> None:
     assert iteration_memory(chain(), StepSetting(batch=5)).activation_bytes == 5 * 320
 

@@ -325,6 +325,7 @@ def placed(net, y, h):
         (lambda net, y, h: torch.sigmoid(y) * net.b(h), False, 0),
         (lambda net, y, h: (1 + y) * net.b(h), False, 0),
         (lambda net, y, h: y * net.b(h), False, 2),
+        (lambda net, y, h: y * y.sigmoid(), False, 2),  # what is not zero is made of y, not written into it
         (lambda net, y, h: torch.subtract(y, 1) * net.b(h), False, 0),
         (lambda net, y, h: y.clamp(min=0.5) * net.b(h), False, 0),
         (lambda net, y, h: F.hardtanh(y, 0.5, 2) * net.b(h), False, 0),
@@ -341,6 +342,8 @@ def placed(net, y, h):
         (lambda net, y, h: torch.maximum(y.mean((2, 3)), net.gate.bias)[:, :, None, None] * net.b(h), False, 0),
         (lambda net, y, h: (y - 1) * net.b(h), False, 0),
         (lambda net, y, h: (1 - y) * net.b(h), False, 0),
+        (lambda net, y, h: y.sub_(1) * net.b(h), False, 0),
+        (lambda net, y, h: (y + net.gate.bias.view(1, -1, 1, 1)) * net.b(h), False, 0),
         (lambda net, y, h: torch.rsub(y, 1) * net.b(h), False, 0),
         (lambda net, y, h: torch.softmax(y, 2) * net.b(h), False, 0),  # of zeros: a share for every row
         (lambda net, y, h: net.plain(y) * net.b(h), False, 0),

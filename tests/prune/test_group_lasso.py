@@ -97,6 +97,13 @@ def test_a_memory_format_that_changes_on_the_way_changes_no_gradient() -> None:
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-12, atol=1e-12)
 
 
+def test_a_network_without_channels_of_its_own_has_no_penalty() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    lasso = GroupLasso(model, find_groups(model, (3, 2, 2)))
+    lasso.add_gradient(1.0)
+    assert (float(lasso.value()), model[1].weight.grad) == (0, None)
+
+
 def test_depthwise_convolutions_biases_and_batch_norms_are_not_penalised() -> None:
     model = grouped_network()
     lasso = GroupLasso(model, find_groups(model, SMALL_IMAGE))
@@ -320,8 +327,9 @@ def test_optimizers_without_dampening_or_a_learning_rate_have_a_shrinkage_too() 
     weight, other = (nn.Parameter(torch.zeros(1)) for _ in range(2))
     optimizer = torch.optim.RMSprop([{"params": [weight], "momentum": 0.5}, {"params": [other]}], lr=0.1)
     assert proximal_shrinkages(optimizer, [weight, other], 3.0) == pytest.approx([0.6, 0.3])
+    optimizer.param_groups[0]["momentum"] = 1.0  # which accumulates without end
     optimizer.param_groups[1]["lr"] = None  # as of an optimizer that chooses its own
-    assert proximal_shrinkages(optimizer, [weight, other], 3.0) == pytest.approx([0.6, 0])
+    assert proximal_shrinkages(optimizer, [weight, other], 3.0) == pytest.approx([0.3, 0])
 
 
 @pytest.mark.slow

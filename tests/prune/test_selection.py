@@ -62,6 +62,8 @@ def test_the_most_important_channel_of_an_empty_axis_stays(
         ({0, 1, 2, 6, 8}, {6, 8}),  # no input of the second group goes, one output of each does
         ({6, 7}, set()),  # all outputs of the first group, none of its inputs
         ({0, 1, 2}, set()),  # all its inputs, none of its outputs
+        ({0, 6, 7}, set()),  # all its outputs and one input
+        ({0, 1, 2, 6}, set()),
     ],
 )
 def test_the_groups_of_a_grouped_convolution_stay_equal(gone: set[int], goes: set[int]) -> None:
@@ -76,6 +78,7 @@ def test_a_grouped_convolution_of_which_everything_goes_is_equal() -> None:
     groups = network(layer("a", [0, 1, 2, 3, 4, 5], [6, 7, 8, 9], groups=2))
     everything = mask(set(range(10)), 10)
     assert left(balanced(groups, everything, torch.ones(10))) == set(range(10))
+    assert left(round_up(groups, everything, torch.ones(10), 4)) == set(range(10))
 
 
 def test_of_every_group_that_does_not_go_as_a_whole_the_most_important_channel_stays() -> None:

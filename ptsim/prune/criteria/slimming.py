@@ -20,7 +20,7 @@ from ptsim.capture.copies import copied
 from ptsim.capture.graph import evaluation_mode, example_input, output_tensors
 from ptsim.criteria import slimming_work
 from ptsim.network import Network
-from ptsim.operators import DIFFERENCES, SUMS, plain_name
+from ptsim.operators import plain_name
 from ptsim.prune.criteria.coefficient import per_weight
 from ptsim.prune.function_rules import ACTIVATIONS, elementwise
 from ptsim.prune.groups import ChannelGroups
@@ -143,8 +143,7 @@ def _passes(
     made = not sources and "zeros" not in kind  # of parameters or numbers alone
     if made or any(source in loud for source in sources):
         return True
-    shifts = kind in SUMS | DIFFERENCES and len(sources) < 2  # by a number or parameter
-    return shifts or kind in _NOT_AT_ZERO or _moves_zero(node, module, sources)
+    return kind in _NOT_AT_ZERO or _moves_zero(node, module, sources)
 
 
 def _moves_zero(node: fx.Node, module: nn.Module | None, sources: Sequence[fx.Node]) -> bool:
