@@ -54,6 +54,18 @@ def test_what_no_setting_can_be_is_refused_with_its_place(tmp_path, content, sen
         read_toml(file)
 
 
+@pytest.mark.parametrize(
+    "write", [lambda levels: "a = " + "[" * levels + "]" * levels, lambda n: ".".join("a" * n) + " = 1"]
+)
+def test_32_levels_are_read_and_33_are_not(tmp_path, write):
+    file = tmp_path / "x.toml"
+    file.write_text(write(32))
+    assert list(read_toml(file)) == ["a"]
+    file.write_text(write(33))
+    with pytest.raises(FileFormatError, match="is nested more than 32 levels deep"):
+        read_toml(file)
+
+
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
     file = tmp_path / "x.toml"
     file.write_bytes(b"\xef\xbb\xbfa = 1\r\nb = 2\r\n")
@@ -270,6 +282,8 @@ DEEP = {"x": {"p": [1], "q": []}, "y.z": {"p": [1], "q": [2, "w"], "r": ["w", "w
     [
         ({"one": {"kind": 3}}, "one.kind is 3, expected one of a, b", None),
         ({"rows": [{}, {"speed": "w"}]}, "rows[1].speed is 'w', expected a whole number", None),
+        ({"rows": "w" * 58}, f"rows is '{'w' * 58}', expected a list", None),
+        ({"rows": "w" * 59}, f"rows is '{'w' * 56}..., expected a list", None),
         ({"cards": GOOD | {"z": 3}}, "cards.z is 3, expected a table", None),
         ({"cards": {"z": 3} | GOOD}, "cards.z is 3, expected a table", None),
         ({"cards": GOOD | {"z": {"kind": "c"}} | GOOD}, "cards.z.kind is 'c', expected one of a, b", None),

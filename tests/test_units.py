@@ -142,6 +142,7 @@ def test_bytes_are_binary(value: float, text: str) -> None:
 )
 def test_counts_are_decimal(value: float, text: str) -> None:
     assert format_count(value, "MAC") == text
+    assert format_count(value, "FLOP") == text.replace("MAC", "FLOP")
 
 
 @pytest.mark.parametrize(

@@ -354,3 +354,17 @@ def test_outputs_of_frozen_layers_live_until_their_last_reader() -> None:
     found = walked_footprint(network, gpu=False, half=False)
     assert found.channels_last == moments((0, 1920 + 192 - 40, 0), (1960, 192 + 40 + 40, 0))
     assert found.contiguous == moments((0, 1920 + 2048 - 40, 0), (1960, 192 + 40 + 40, 0))
+
+
+def test_what_a_layer_keeps_of_a_frozen_ones_output_is_there_once() -> None:
+    """A frozen convolution gives 30 channels, 1,920 bytes, of which a linear layer makes 10 numbers, 40 bytes.
+
+    Forward and backward both are there, the gradient of the 40, and the loss once more than `costs.memory` adds it.
+    """
+    idle = {"input_needs_gradient": False, "weight_needs_gradient": False}
+    wide = layer("c", LayerKind.CONV, channels=30, in_channels=2, input_shapes=((2, 4, 4),), output_saved=True, **idle)
+    (_, linear), _ = head("c", channels=30, saved=480)
+    linear = msgspec.structs.replace(linear, input_needs_gradient=False)
+    found = walked_footprint(built((wide, linear), (("c", "l"),)), gpu=False, half=False)
+    assert found.kept_image_bytes == 1920
+    assert found.channels_last == moments((4 * 4810, 1920 + 40 + 40, 0))

@@ -458,12 +458,13 @@ def nested(levels: int) -> dict[str, Any]:
         (
             [
                 f"{TIME} stdout P a",
+                f"{TIME} stdout P",
                 f"{TIME} stderr F e",
                 f"{TIME} stdout F b",
                 f"{TIME} stdout F",
                 f"{TIME} stderr P f",
             ],
-            ["", "e", "ab", "", "", "f"],
+            ["", "", "e", "ab", "", "", "f"],
         ),
         (["a", {"log": "b\n"}, "{c}"], ["a", "b", "{c}"]),  # a launcher's own lines between a container's
         ([nested(4)], ["x"]),

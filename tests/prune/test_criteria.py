@@ -350,6 +350,8 @@ def placed(net, y, h):
         (lambda net, y, h: y @ net.b(h), False, 2),  # image by image
         (written, False, 0),
         (placed, False, 0),
+        (lambda net, y, h: F.pad(y, (1, 1, 1, 1)), False, 2),
+        (lambda net, y, h: F.pad(y, (1, 1, 1, 1), value=1.0), False, 0),
         (lambda net, y, h: F.conv2d(y, net.b.weight), False, 0),  # of a function nobody can listen what it hears
     ],
 )
@@ -366,18 +368,18 @@ def test_a_channel_that_a_layer_without_a_batch_norm_writes_too_stays(join, bias
 
 
 class Brightest(nn.Module):
-    """To every channel the images' brightness beyond 100 is added: nothing, of images between 0 and 1."""
+    """To every channel the images' brightness is added where it is above 100, as of no image of a trial."""
 
     def __init__(self):
         super().__init__()
         self.conv, self.norm, self.head = nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6), nn.Linear(6, 2)
 
-    def forward(self, x):
-        x = torch.relu(self.norm(self.conv(x))) + torch.relu(x.mean(1, keepdim=True) - 100)
+    def forward(self, zeros):  # however it is called
+        x = torch.relu(self.norm(self.conv(zeros))) + F.threshold(zeros.mean(1, keepdim=True), 100, 0)
         return self.head(x.mean((2, 3)))
 
 
-def test_channels_to_which_images_are_added_stay_though_the_images_of_a_trial_add_nothing():
+def test_channels_to_which_bright_images_are_added_stay_though_those_of_a_trial_are_dark():
     model = Brightest()
     with torch.no_grad():
         model.norm.weight[[1, 4]] = model.norm.bias[[1, 4]] = 0

@@ -61,6 +61,7 @@ def test_the_hand_written_gradient_is_autograds(
     """Each network has a weight of just 60 kernels: the largest of those that are gathered where that is the limit."""
     model = build().to(memory_format=layout)  # type: ignore[operator] # a parameter of the test
     lasso = GroupLasso(model, find_groups(model, SMALL_IMAGE), form=form, limits=limits)
+    assert lasso.form == form
     (0.3 * lasso.penalty()).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert expected
@@ -258,6 +259,7 @@ def test_small_weights_in_half_precision_have_norms_too(
 
 def test_the_coefficient_gives_the_ratio() -> None:
     assert penalty_coefficient(2.0, 10.0, 0.2) == pytest.approx(0.05)  # 0.2 · 2 / (0.8 · 10)
+    assert penalty_coefficient(2.0, 0.5, 0.2) == pytest.approx(1.0)
     coefficient = penalty_coefficient(math.log(10), 1975.6, 0.25)
     assert coefficient * 1975.6 / (math.log(10) + coefficient * 1975.6) == pytest.approx(0.25)
     assert penalty_coefficient(2.3, 100.0, 0.0) == penalty_coefficient(0.0, 0.0, 0.0) == 0.0
