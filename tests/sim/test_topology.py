@@ -159,6 +159,17 @@ def test_both_trees_are_those_that_nccl_draws(size: int, drawn: list[dict[int, t
     assert found == expected
 
 
+@pytest.mark.parametrize("nics", [1, 2])
+@pytest.mark.parametrize("algorithm", ["ring", "tree", "hierarchical"])
+def test_a_gpu_hands_on_what_came_to_it_and_every_gpu_gets_something(algorithm: str, nics: int) -> None:
+    cluster = msgspec.structs.replace(FOURS, nics_per_node=nics)
+    job = PlacedJob(ranks=ranks(12), message_bytes=1.0, algorithm=algorithm)
+    for stage in Fabric(cluster, 12).stages(job):
+        for connection in stage.connections:
+            assert {stage.connections[before].target for before in connection.after} <= {connection.source}
+        assert {connection.target for connection in stage.connections} == set(range(12))
+
+
 def test_a_node_that_has_several_nics_uses_all_of_them() -> None:
     for algorithm in ("ring", "tree"):
         job = PlacedJob(ranks=ranks(16), message_bytes=1e8, algorithm=algorithm)
@@ -355,7 +366,9 @@ def test_wrong_jobs_are_named(job: PlacedJob, says: str) -> None:
         ),
         ({"bandwidth_factor": {"gpu": 2, "gpu 1": 0}}, "bandwidth factor 0"),
         ({"bandwidth_factor": {"gpu 1": math.nan}}, "bandwidth factor nan"),
+        ({"bandwidth_factor": {"gpu 1": math.inf}}, "bandwidth factor inf"),
         ({"extra_latency_s": {"gpu 1": -1}}, "extra latency -1"),
+        ({"extra_latency_s": {"gpu 1": math.inf}}, "extra latency inf"),
     ],
 )
 def test_wrong_links_are_named(arguments: dict[str, dict[str, float]], says: str) -> None:
