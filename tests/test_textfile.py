@@ -54,6 +54,15 @@ def test_what_no_setting_can_be_is_refused_with_its_place(tmp_path, content, sen
         read_toml(file)
 
 
+def test_the_largest_whole_number_of_toml_is_read_and_the_next_is_not(tmp_path):
+    file = tmp_path / "x.toml"
+    file.write_text("a = 9223372036854775807")
+    assert read_toml(file) == {"a": 2**63 - 1}
+    file.write_text("a = 9223372036854775808")
+    with pytest.raises(FileFormatError, match="a is a whole number of more than 63 bits"):
+        read_toml(file)
+
+
 @pytest.mark.parametrize(
     "write", [lambda levels: "a = " + "[" * levels + "]" * levels, lambda n: ".".join("a" * n) + " = 1"]
 )

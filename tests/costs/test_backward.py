@@ -175,6 +175,9 @@ CASES: dict[str, Case] = {
     "average pool": Case(lambda x: F.avg_pool2d(x, 2)),
     "max pool": Case(lambda x: F.max_pool2d(x, 2)),
     "resized": Case(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
+    "sampled": Case(
+        lambda x, y: F.grid_sample(x, y.permute(0, 2, 3, 1), align_corners=False), (FULL, (2, SIDE, SIDE))
+    ),
     "spread": Case(lambda x: x.expand(-1, -1, SIDE, SIDE).exp(), (GATE,)),
     "spread to what it is": Case(lambda x: x.expand(-1, WIDTH, SIDE, SIDE).exp()),
     "spread as another": Case(lambda x, y: x.expand_as(y).exp(), (GATE, FULL)),

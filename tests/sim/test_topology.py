@@ -170,6 +170,12 @@ def test_a_gpu_hands_on_what_came_to_it_and_every_gpu_gets_something(algorithm: 
         assert {connection.target for connection in stage.connections} == set(range(12))
 
 
+def test_a_ring_keeps_the_order_of_its_gpus_where_a_node_has_one_nic() -> None:
+    """0, 4, 1, 5, 0: two of node 0's GPUs send over its NIC, each 2 · 3/4 of the message."""
+    job = PlacedJob(ranks=(0, 4, 1, 5), message_bytes=1e6)
+    assert simulate_all_reduces(FOURS, [job]).pipe_bytes["node 0 out"] == pytest.approx(3e6)
+
+
 def test_a_node_that_has_several_nics_uses_all_of_them() -> None:
     for algorithm in ("ring", "tree"):
         job = PlacedJob(ranks=ranks(16), message_bytes=1e8, algorithm=algorithm)
