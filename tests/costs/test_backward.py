@@ -53,7 +53,7 @@ class Net(nn.Module):
 class Moved(TorchDispatchMode):
     """Adds up what kernels read and write; numbers in tensors, and views, are nothing."""
 
-    _NOT_READ = ("empty", "new_", "zeros", "ones", "full")
+    _NOT_READ = ("empty", "new_", "zeros", "ones", "full", "exponential_")
     _COPIES = ("slice_backward", "select_backward", "diagonal_backward")  # zeros, into which the gradient is copied
     _PLACES = ("scatter", "scatter_")  # write into zeros that are there, and, but for this class, in their own memory
     _SHAPES = ("max_pool2d_with_indices_backward", "avg_pool2d_backward")  # take the input for its shape alone
@@ -182,7 +182,11 @@ CASES: dict[str, Case] = {
     "average pool": Case(lambda x: F.avg_pool2d(x, 2)),
     "max pool": Case(lambda x: F.max_pool2d(x, 2)),
     "resized": Case(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
+    "sampled": Case(
+        lambda x, y: F.grid_sample(x, y.permute(0, 2, 3, 1), align_corners=False), (FULL, (2, SIDE, SIDE))
+    ),
     "spread": Case(lambda x: x.expand(-1, -1, SIDE, SIDE).exp(), (GATE,)),
+    "spread to what it is": Case(lambda x: x.expand(-1, WIDTH, SIDE, SIDE).exp()),
     "spread as another": Case(lambda x, y: x.expand_as(y).exp(), (GATE, FULL)),
     "one largest of all channels": Case(lambda x: x.max(1, keepdim=True)[0]),
     "one least of all channels": Case(lambda x: x.min(1, keepdim=True)[0]),
@@ -299,6 +303,22 @@ def test_gradients_read_and_write_what_torchs_operators_do(name: str) -> None:
     model, network = described(case)
     num_bytes, launches = moved_by_torch(model, case)
     assert moved_by_ptsim(network, forward=False) == (num_bytes + case.more, launches)
+
+
+SEVERAL: dict[str, Case] = {
+    "gumbel_softmax": Case(lambda x: F.gumbel_softmax(x, dim=1)),
+    **{name: CASES[name] for name in ("clamped", "erf", "softmin", "tanhshrink", "softsign")},
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_activations_of_several_kernels_read_and_write_what_torchs_operators_do_forward(name: str) -> None:
+    case = SEVERAL[name]
+    _, network = described(case)
+    operands = [torch.rand(BATCH, *shape) for shape in case.shapes]
+    with Moved() as moved:
+        case.function(*operands)
+    assert moved_by_ptsim(network, forward=True) == (moved.num_bytes, moved.kernels)
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
