@@ -287,7 +287,7 @@ def carried_over(root: Path) -> Figures:
     return [
         f"same penalty ratio (0.2, to gating): {points('gating-r0.2', *all_four)}",
         f"another ratio (0.2 to 0.3): {points('prunetrain-r0.3', *all_four)}",
-        f"told its inference FLOPs, the other three: {told}",
+        f"with its inference FLOPs given, the other three errors: {told}",
     ]
 
 

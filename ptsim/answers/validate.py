@@ -137,7 +137,7 @@ def _summary(runs: Sequence[Trace], checks: Sequence[RunCheck], source: Source) 
             else "every run had one rank and so no communication"
         )
     if not memory:
-        reasons["memory_mape"] = "no epoch recorded a peak memory (only GPUs have an allocator that tells)"
+        reasons["memory_mape"] = "no epoch recorded a peak memory (only runs on a GPU do)"
     if not savings:
         missing = "there is no dense run beside a pruned one"
         reasons["saving_error_points"] = f"no pair differs by pruning alone: {'; '.join(unlike)}" if unlike else missing

@@ -43,11 +43,11 @@ def gpu(
         out: The TOML file to write. It is complete at any moment, also after an interruption.
         trace: Recorded runs; their architectures are measured first, at their mini-batches.
         device: Device to measure. auto takes the GPU if there is one.
-        minutes: How long to measure, in minutes. Only with --no-grid it may be done sooner.
-        precision: Number format to measure besides those of the traces; amp is fp16 autocast. Default: fp32 beside
-            --memory-format; otherwise none with traces, fp32 on a CPU, and all that a GPU has.
-        memory_format: Memory layout to measure besides those of the traces. Default: contiguous beside --precision;
-            otherwise none with traces, contiguous on a CPU, and both on a GPU.
+        minutes: How long to measure, in minutes. With --no-grid it may finish sooner.
+        precision: Number format to measure in addition to those of the traces; amp is fp16 autocast. Default: fp32 with
+            --memory-format; otherwise none with --trace, fp32 on a CPU, every supported one on a GPU.
+        memory_format: Memory layout to measure in addition to those of the traces. Default: contiguous with
+            --precision; otherwise none with --trace, contiguous on a CPU, both on a GPU.
         grid: Afterwards measure single operators with many channel counts until the time is over. --no-grid leaves them
             out.
         rounds: How many times whole steps of each network are measured, in turn, because a machine's speed drifts.

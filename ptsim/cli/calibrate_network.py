@@ -41,7 +41,7 @@ def network(
     iterations: Annotated[int, Parameter(help="Live: number of all-reduces for each message size.")] = _ITERATIONS,
     resume: Annotated[bool, Parameter(help="Live: continue with an existing file.")] = False,
 ) -> None:
-    """All-reduce times from nccl-tests logs, or live from torch.distributed under torchrun, as a cluster file."""
+    """Make a cluster file of all-reduce times, from nccl-tests logs or measured live under torchrun."""
     from ptsim.hardware.catalog import check_file_name, load_cluster
     from ptsim.hardware.forms import write_cluster
     from ptsim.hardware.nccl_log import read_nccl_logs, with_nodes

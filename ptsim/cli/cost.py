@@ -92,7 +92,8 @@ def _print(report: CostReport, *, layers: bool) -> None:
 def _summary(report: CostReport) -> Table:
     name = planned_mark(report.origin or "") + report.name
     table = Table(
-        title=f"{name} at {format_shape(report.input_shape)}: cost of training",
+        title=f"{name} at {format_shape(report.input_shape)}: cost of training"
+        + (", with the last network of the run" if report.epochs else ""),
         box=SIMPLE_HEAD,
         show_header=False,
         title_justify="left",
@@ -129,16 +130,16 @@ def _summary(report: CostReport) -> Table:
         ),
         (
             "memory-bound part",
-            f"{format_bytes(report.streamed_bytes)} a step through layers without products and the update"
+            f"{format_bytes(report.streamed_bytes)} a step (layers without matrix products, and the update)"
             + (
                 ""
                 if report.streamed_seconds is None
-                else f": {format_seconds(report.streamed_seconds)} from and to the memory of {report.gpu}"
+                else f": {format_seconds(report.streamed_seconds)} at the memory bandwidth of {report.gpu}"
             ),
         ),
         (
             "  other part",
-            f"{format_bytes(report.product_bytes)} a step through convolutions, linear layers and products",
+            f"{format_bytes(report.product_bytes)} a step (convolutions, linear layers, matrix products)",
         ),
     ]
     if report.gpu is not None:

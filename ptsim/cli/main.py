@@ -12,6 +12,7 @@ import gc
 import importlib
 import io
 import os
+import re
 import sys
 import threading
 import traceback
@@ -78,6 +79,7 @@ _WORKS = {
 }
 # Commands with --set, and the record whose fields it sets.
 _SETTINGS = {"train": "ptsim.training.config:Config", "simulate": "ptsim.sim.options:Options"}
+_LACKS = re.compile(r'^(?:Command "[^"]*" p|P)arameter (\S+) requires an argument')
 _PATIENCE_S = 2.0
 _RESERVE_BYTES = 16 * MIB
 # Importing torch and torchvision makes half a million objects that all stay. At Python's own threshold of 700 new
@@ -243,7 +245,9 @@ def _fail_usage(error: cyclopts.CycloptsError) -> int:
     if isinstance(error, cyclopts.UnusedCliTokensError):
         return _fail(f"unexpected argument {(error.unused_tokens or ['?'])[0]!r}", _HELP)
     text = " ".join(str(error).split())
-    clusters = _CLUSTERS if "--cluster requires" in text else None
+    if isinstance(error, cyclopts.MissingArgumentError):
+        text = _LACKS.sub(r"\1 has no value" if error.keyword else r"\1 is missing", text).removesuffix(".")
+    clusters = _CLUSTERS if text.startswith("--cluster ") else None
     return _fail(text, _setting_of(error) or clusters or _HELP)
 
 

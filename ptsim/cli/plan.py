@@ -134,11 +134,10 @@ def _show(document: dict[str, Any], draws: list[dict[str, Any]], trace: Trace) -
     )
     if draws:
         bn, reduced = (
-            f"{min(draw[name] for draw in draws):.1%} to {max(draw[name] for draw in draws):.1%}"
+            " to ".join(dict.fromkeys(f"{end(draw[name] for draw in draws):.1%}" for end in (min, max)))
             for name in ("bn_bytes_fraction", "allreduce_bytes_fraction")
         )
-        console.print(
-            f"{len(draws)} other trajectories: BatchNorm traffic {bn}, all-reduced bytes {reduced}", highlight=False
-        )
+        other = counted(len(draws), "other trajectory", "other trajectories")
+        console.print(f"{other}: BatchNorm traffic {bn}, all-reduced bytes {reduced}", highlight=False)
     for assumption in trace.run.assumed:
         console.print(f"assumed: {assumption.what} ({assumption.source})", highlight=False)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ptsim.answers.predict import Prediction, PredictOptions
 from ptsim.answers.predict import predict as predict_step
+from ptsim.answers.subject import is_run
 from ptsim.cli.common import print_json, stdout_console, users_code
 from ptsim.cli.options import Json, NetworkOptions, OptimizerOfTrace, Profile
 from ptsim.network import MemoryFormat
@@ -73,14 +74,15 @@ def predict(
     if json:
         print_json(prediction)
         return
-    _print(prediction)
+    _print(prediction, of_run=is_run(model))
 
 
-def _print(p: Prediction) -> None:
+def _print(p: Prediction, *, of_run: bool) -> None:
     console = stdout_console(highlight=False)
     where = f"{p.gpus} × {p.device}" + (f" of {p.cluster}" if p.cluster else "")
     shape = format_shape(p.input_shape)
-    console.print(f"{p.model} at {shape} on {where}: mini-batch {p.batch} per GPU, {p.precision}, {p.memory_format}")
+    what = f"{p.model}, the last network of the run," if of_run else p.model
+    console.print(f"{what} at {shape} on {where}: mini-batch {p.batch} per GPU, {p.precision}, {p.memory_format}")
     rates = interval(shown_number(None, p.low_images_per_second), shown_number(None, p.high_images_per_second))
     times = interval(format_seconds(p.low), format_seconds(p.high))
     console.print(

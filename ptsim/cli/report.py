@@ -36,8 +36,8 @@ def report(
         gpus: GPU counts, for example 1,8,64. Default: powers of two up to eight nodes.
         price: Price in USD per GPU and hour. Default: the cluster's; without one, no money is shown.
         grid_intensity: Grams of CO₂ that a kWh causes. Without it, no CO₂ is shown.
-        input: What reads and decodes the images with the node's cores: torchvision, dali or ffcv. none if input keeps
-            up.
+        input: What reads and decodes the images with the node's cores: torchvision, dali or ffcv. none: the
+            GPU never waits.
     """
     clusters = None if cluster is None else [name.strip() for name in cluster.split(",")]
     if clusters is not None and not all(clusters):

@@ -73,14 +73,14 @@ class WhatIf:
     """formula treats all links of a kind as equal. links simulates every NIC and leaf switch; --set gives it
     link_bandwidth, link_latency_s and placement."""
     contention: float | None = None
-    """Fraction by which computation and communication each slow down while they overlap. Default: as fitted for the
-    link."""
+    """Fraction by which computation and communication each slow down while they overlap. Default: that of the
+    kind of link."""
     channel_multiple: Annotated[int | None, _default("channel_multiple")] = None
     """Round the channel counts of pruned networks up to a multiple of this number."""
     jitter: str | None = None
     """Relative standard deviation of the step time of one GPU, or "recorded"."""
     input: Annotated[str | None, _default("input")] = None
-    """What reads and decodes the images with the node's cores: torchvision, dali or ffcv. none if input keeps up."""
+    """What reads and decodes the images with the node's cores: torchvision, dali or ffcv. none: the GPU never waits."""
     input_images_per_s: str | None = None
     """Instead of --input: images per second that one GPU is given, or "recorded"."""
     mtbf_gpu_hours: float | None = None

@@ -59,11 +59,11 @@ def software_note(device: Device, version: TorchVersion | None, young_share: flo
     """
     grown, longer = GROWN.get(device.architecture), f"{young_share:.0%} longer"
     if is_young(device, version):
-        return f"with PyTorch before {grown} kernels on {device.name} take {longer} than with later versions"
+        return f"with PyTorch before {grown}, kernels on {device.name} take {longer}; the prediction includes this"
     if may_be_young(device, version):
         return (
-            f"with PyTorch before {grown} kernels on {device.name} took {longer}; no version of PyTorch was given, so "
-            "the upper end of the interval is as much longer"
+            f"with PyTorch before {grown}, kernels on {device.name} took {longer}; no version of PyTorch was given, so "
+            "the upper end of the interval includes this"
         )
     return None
 

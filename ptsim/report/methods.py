@@ -170,7 +170,7 @@ def _option_rows(projector: Projector) -> Iterator[Row]:
         )
     yield _row(
         "overlap",
-        "as fitted for the link" if options.contention is None else f"{100 * options.contention:.0f} % slower",
+        "the default of the kind of link" if options.contention is None else f"{100 * options.contention:.0f} % slower",
         f"computation and communication slow each other down while both run ({_contention()}, unless given); the "
         "interval covers half to one and a half times that",
     )

@@ -86,9 +86,10 @@ class Feed:
             return self._recorded_notes()
         needed = tuple(needed)
         number = self.limiting_gpus(needed, among)
+        on_gpu = find_pipeline(name).decode_pixels_per_s_gpu is not None
         what = {
             "cores": f"the {cluster.cores_per_node} cores of a node",
-            "GPU": "what one GPU decodes or one loader process hands over",
+            "GPU": "what one GPU decodes" if on_gpu else "what one loader process hands over",
             "storage": "the storage of a node",
         }[found.limit]
         said = f"{name} gives each GPU up to {found.images_per_s:,.0f} images/s ({what})"
@@ -111,7 +112,7 @@ class Feed:
             return []
         fastest = _fastest_that_waited(self.scenario.trace)
         if fastest is None:
-            return ["the recorded run did not wait for data: input keeps up"]
+            return ["the recorded run did not wait for data, so the projection has no waiting for input either"]
         rate, share = shown_number(None, 1 / _pace_s(fastest)), fastest.time.data_wait_s / fastest.time.wall_s
         return [
             f"each GPU is given {rate} images/s, the pace of the recorded run, which "

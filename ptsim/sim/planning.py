@@ -199,13 +199,19 @@ class _Planner:
             )
         if trace.is_planned:
             keeps_up = options.input == "none" and not isinstance(options.input_images_per_s, int | float)
-            note("the run is planned: nobody has trained it" + (", and input keeps up" if keeps_up else ""))
+            note(
+                "the run is planned: nobody has trained it"
+                + ("; the input pipeline is assumed to keep up" if keeps_up else "")
+            )
             for assumption in trace.run.assumed:
                 note(assumption.note)
         times = [epoch.measured_time for epoch in epochs if epoch.measured_time is not None]
         waited = sum(time.data_wait_s for time in times) / max(1e-12, sum(time.wall_s for time in times))
         if waited > 0.05 and options.input_images_per_s is None and options.input == "none":
-            note(f"the recorded run waited for data {waited:.0%} of the time; projected with input that keeps up")
+            note(
+                f"the recorded run waited for data {waited:.0%} of the time; the projection assumes an input pipeline "
+                "that keeps up"
+            )
         if trace.compiled_note is not None:
             note(trace.compiled_note)
         if trace.reductions_note is not None and self.num_gpus > 1:

@@ -142,6 +142,7 @@ def test_the_table_says_throughput_tier_and_memory(tmp_path, capsys):
     assert "images/s" in out
     assert "tier" in out
     assert "peak memory" in out
+    assert "the last network of the run, at" in " ".join(out.split())
 
 
 @pytest.mark.slow
@@ -463,11 +464,15 @@ def test_the_network_tier_is_the_worst_that_gradients_and_sharded_parameters_com
 @pytest.mark.parametrize(
     ("gpu", "version", "note"),
     [
-        ("a100", "1.9", "with PyTorch before 1.10 kernels on a100-sxm4-40gb take 14% longer than with later versions"),
+        (
+            "a100",
+            "1.9",
+            "with PyTorch before 1.10, kernels on a100-sxm4-40gb take 14% longer; the prediction includes this",
+        ),
         (
             "a100",
             None,
-            "took 14% longer; no version of PyTorch was given, so the upper end of the interval is as much longer",
+            "took 14% longer; no version of PyTorch was given, so the upper end of the interval includes this",
         ),
         ("a100", "2.8", None),
         ("v100", "1.9", None),

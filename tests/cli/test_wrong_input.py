@@ -18,7 +18,7 @@ TRAIN = "train --model resnet20 --dataset digits"
 
 # A command line → a part of its sentence.
 WRONG = {
-    "cost": "requires an argument",
+    "cost": "error: TRACE_OR_MODEL is missing",
     "cost nosuch": "unknown model 'nosuch'; known: ",
     "cost ''": "unknown model ''",
     "cost folder": "folder: no trace here",
@@ -48,7 +48,7 @@ WRONG = {
     "plan resnet20 --images 9 --epochs 2 --batch 1 --precision fp8 -o new": "for --precision",
     "plan resnet20 --pruning lym2019/nosuch -o new": "unknown pruning 'lym2019/nosuch'; known: ",
     "simulate pruned --cluster dgx-a100 --epochs 0": "epochs is 0",
-    "simulate --cluster dgx-a100": "requires an argument",
+    "simulate --cluster dgx-a100": "error: TRACE is missing",
     "simulate pruned": "--cluster",
     "simulate folder --cluster dgx-a100": "folder: no trace here",
     "simulate missing --cluster dgx-a100": "missing: no trace here",
@@ -124,7 +124,8 @@ WRONG = {
     "validate pruned --holdout": "second run",
     "allreduce": "--cluster, --gpus and --bytes are missing",
     "allreduce --gpus 8": "--cluster and --bytes are missing",
-    "allreduce --cluster dgx-a100 --gpus 8": "--bytes requires an argument",
+    "allreduce --cluster dgx-a100 --gpus 8": "error: --bytes is missing",
+    "allreduce --gpus 8 --bytes 1 --cluster": "error: --cluster has no value",
     "export": "--trace, --format and --out are missing",
     "allreduce --cluster dgx-a100 --gpus 0 --bytes 1": "0 GPUs",
     "allreduce --cluster dgx-a100 --gpus many --bytes 1": '"many"',

@@ -42,7 +42,7 @@ def test_what_the_numbers_rest_on_by_hand(trace: Trace) -> None:
         "a100-sxm4-40gb: fp32 peak": "19.5 TFLOP/s",
         "price": "none",
         "CO₂ of a kWh": "400 g",
-        "overlap": "as fitted for the link",
+        "overlap": "the default of the kind of link",
         "on several GPUs": f"computation {100 * fitted.slowdown:.1f} % longer, and {100 * fitted.straggle:.1f} % more "
         f"for every doubling of the nodes; {1e6 * fitted.tensor_s:.1f} µs per gradient tensor",
         "input pipeline": "keeps up",

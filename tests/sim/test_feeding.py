@@ -80,7 +80,7 @@ def test_only_a_pipelines_own_rate_is_unsure(trace: Trace) -> None:
             1000,
             {"input": "dali"},
             [400.0],
-            "dali gives each GPU up to 788,086 images/s (what one GPU decodes or one loader process hands over); the "
+            "dali gives each GPU up to 788,086 images/s (what one GPU decodes); the "
             "GPU could take 400: the pipeline is no limit, even with all 8 GPUs of a node",
         ),
         # 1,000 images/s for all: 500 for each of two, 333 for each of three; the epoch that needs most decides
@@ -119,7 +119,9 @@ def test_a_recorded_loader_is_as_fast_as_in_the_fastest_epoch_that_waited_for_it
         "each GPU is given 50 images/s, the pace of the recorded run, which waited for data 1% of the time: a loader "
         "that was not busy the rest of the time can give more"
     ]
-    assert kept_up.notes([1.0]) == ["the recorded run did not wait for data: input keeps up"]
+    assert kept_up.notes([1.0]) == [
+        "the recorded run did not wait for data, so the projection has no waiting for input either"
+    ]
 
 
 def test_an_epoch_that_was_not_timed_or_had_no_images_tells_no_pace(trace: Trace) -> None:

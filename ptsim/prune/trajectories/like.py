@@ -108,7 +108,7 @@ def _same_strength(trace: Trace, source: str) -> Assumption:
     gated = ", which gated its channels and keeps fewer than a union would" if gates else ""
     return Assumption(
         what=f"the run prunes as hard as the recorded one{of}{gated}; another ratio, data set or length may prune far "
-        f"more or less: {STRENGTH.strip(',')}… says how hard",
+        f"more or less; {STRENGTH.strip(',')}… sets how hard this run prunes",
         source=source,
     )
 
