@@ -99,6 +99,13 @@ _SPELLING = {
     "log_sigmoid": "logsigmoid",
     "softmax2d": "softmax",
     "cross_map_lrn2d": "local_response_norm",
+    "split_with_sizes": "split",
+    "unsafe_split": "split",
+    "unsafe_split_with_sizes": "split",
+    "unsafe_chunk": "chunk",
+    "hsplit": "tensor_split",
+    "vsplit": "tensor_split",
+    "dsplit": "tensor_split",
     "upsampling_nearest2d": "upsample",
     "upsampling_bilinear2d": "upsample",
 }

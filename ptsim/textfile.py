@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
 import codecs
 import contextlib
 import difflib
 import errno
 import fcntl
+import functools
 import math
+import operator
 import os
 import re
 import stat
@@ -15,7 +18,7 @@ import tempfile
 import tomllib
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -249,27 +252,36 @@ def convert_toml(path: str | Path, raw: Any, kind: type[T], *, dec_hook: Callabl
     try:
         return msgspec.convert(raw, kind, dec_hook=dec_hook)
     except msgspec.ValidationError as error:
-        problem, hint = _explain(str(error), raw, kind)
+        problem, hint = _explain(str(error), raw, kind, dec_hook)
         raise FileFormatError(path, problem, hint=hint) from error
 
 
-_PLACED = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$(?P<place>.*)`)?", re.DOTALL)
-_STEPS = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
+_PLACED = re.compile(r"(?P<what>.*?)(?: - at `\$(?P<place>.*)`)?", re.DOTALL)
+_STEPS = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[\.\.\.\]")
 _WORDS = {
     "int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "array": "a list",
     "object": "a table", "null": "nothing",
 }  # fmt: skip
 
 
-def _explain(message: str, raw: Any, kind: Any) -> tuple[str, str | None]:
+def _explain(message: str, raw: Any, kind: Any, dec_hook: Callable[[type, Any], Any] | None) -> tuple[str, str | None]:
     """Msgspec's complaint as a sentence about the file, and a hint where a key was meant that exists."""
-    match = _PLACED.fullmatch(message.replace("[...]", ""))  # some key of a table: the value that is shown tells which
+    match = _PLACED.fullmatch(message)
     assert match is not None, "the pattern takes any text"
-    what, place = match["what"], (match["place"] or "").lstrip(".")
+
+    def same(document: Any) -> bool:
+        try:
+            msgspec.convert(document, kind, dec_hook=dec_hook)
+        except msgspec.ValidationError as error:
+            return str(error) == message
+        return False
+
+    what, way = match["what"], _way(match["place"] or "", raw, same)
+    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in way).removeprefix(".")
     inside = f"{place}." if place else ""
     if found := re.fullmatch(r"Object missing required field `(.*)`", what):
         return f"{inside}{found[1]} is missing", None
-    value, shape = _at(match["place"] or "", raw, kind)
+    value, shape = _at(way, raw, kind)
     if found := re.fullmatch(r"Object contains unknown field `(.*)`", what):
         known = [field.encode_name for field in getattr(shape, "fields", ())]
         close = difflib.get_close_matches(found[1], known, n=1)
@@ -278,8 +290,7 @@ def _explain(message: str, raw: Any, kind: Any) -> tuple[str, str | None]:
     values = getattr(shape, "values", None)  # of a Literal
     if isinstance(shape, msgspec.inspect.EnumType):
         values = [member.value for member in shape.cls]
-    shown = value if isinstance(value, bool | int | float) else repr(value)
-    shown = str(shown).lower() if isinstance(value, bool) else str(shown)
+    shown = str(value).lower() if isinstance(value, bool) else repr(value)
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     if values:
         return f"{place} is {shown}, expected one of {', '.join(map(str, values))}", None
@@ -292,16 +303,41 @@ def _explain(message: str, raw: Any, kind: Any) -> tuple[str, str | None]:
     return f"{place or 'the file'}: {what}", None
 
 
-def _at(place: str, raw: Any, kind: Any) -> tuple[Any, Any]:
-    """The value at `place` of a document and the type that it should have, as far as both can be followed."""
+def _way(place: str, raw: Any, same: Callable[[Any], bool]) -> list[str | int]:
+    """The keys and indices that lead to a place, where msgspec writes `[...]` for a key of a table without fields.
+
+    `same` tells whether a document gives the same complaint: so does a table up to the key that is meant, and not
+    without it.
+    """
+    way: list[str | int] = []
+    for name, index in _STEPS.findall(place):
+        if name or index:
+            way.append(name or int(index))
+            continue
+        items = list(functools.reduce(operator.getitem, way, raw).items())
+        ends = range(1, len(items))
+        end = bisect.bisect_left(ends, True, key=lambda end: same(_with(raw, way, dict(items[:end]))))
+        raw = _with(raw, way, dict(items[end : end + 1]))  # another table inside may hold the same mistake
+        way.append(items[end][0])
+    return way
+
+
+def _with(document: Any, way: Sequence[str | int], value: Any) -> Any:
+    """The document with another value at a place."""
+    if not way:
+        return value
+    copied = document.copy()
+    copied[way[0]] = _with(document[way[0]], way[1:], value)
+    return copied
+
+
+def _at(way: Sequence[str | int], raw: Any, kind: Any) -> tuple[Any, Any]:
+    """The value at a place of a document and the type that it should have, as far as that can be followed."""
     value, shape = raw, _one_shape(msgspec.inspect.type_info(kind))
-    for key, index in _STEPS.findall(place):
-        try:
-            value = value[int(index) if index else key]
-        except (KeyError, IndexError, TypeError, ValueError):
-            value = None
+    for step in way:
+        value = value[step]
         if isinstance(shape, msgspec.inspect.StructType):
-            shape = next((field.type for field in shape.fields if field.encode_name == key), None)
+            shape = next((field.type for field in shape.fields if field.encode_name == step), None)
         elif isinstance(shape, msgspec.inspect.DictType):
             shape = shape.value_type
         else:

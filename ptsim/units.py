@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 Dimension = Literal["bytes", "bytes_per_s", "flops_per_s", "seconds", "hertz", "watts", "joules", "usd_per_hour"]
 
-KIB, MIB, GIB = 2**10, 2**20, 2**30
+MIB, GIB = 2**20, 2**30
 GBIT = 1e9 / 8  # bytes: what links of networks are given in, by the second
 KWH = 3.6e6  # joules
 
@@ -300,9 +300,9 @@ def interval(low: str, high: str) -> str:
     return f"{number if blank and high.endswith(blank + unit) else low} to {high}"
 
 
-def some_of(names: Sequence[str], most: int = 3) -> str:
-    """The first of many names: "a, b, c and others"."""
-    return ", ".join(names[:most]) + (" and others" if len(names) > most else "")
+def some_of(names: Sequence[str]) -> str:
+    """The first three of many names: "a, b, c and others"."""
+    return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
 
 
 def counted(number: int, one: str, several: str | None = None) -> str:

@@ -6,9 +6,11 @@ import bz2
 import gzip
 import lzma
 import os
+import stat
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -17,11 +19,13 @@ from ptsim.errors import FileFormatError, UsageError
 from ptsim.textfile import (
     check_folder_writable,
     check_writable,
+    convert_toml,
     decode_json,
     drop_torn_line,
     read_bytes,
     read_lines,
     read_toml,
+    take_lock,
     unpacked,
     write_whole,
     writing_whole,
@@ -38,7 +42,7 @@ from ptsim.textfile import (
         ("[t]\na = " + "9" * 30, r"t\.a is a whole number of more than 63 bits"),
         ("a = [1, 1e400]", r"a\[1\] is not finite"),
         ("a = nan", "a is not finite"),
-        ("a = 1e-320", "expected a number between 1e-30 and 1e"),
+        ("a = 1e-320", r"a is 1e-320, expected a number between 1e-30 and 1e\+30"),
         ('a = "x\\u0000y"', "NUL"),
         ("a = ", "is not TOML"),
     ],
@@ -47,6 +51,27 @@ def test_what_no_setting_can_be_is_refused_with_its_place(tmp_path, content, sen
     file = tmp_path / "x.toml"
     file.write_text(content)
     with pytest.raises(FileFormatError, match=sentence):
+        read_toml(file)
+
+
+def test_the_largest_whole_number_of_toml_is_read_and_the_next_is_not(tmp_path):
+    file = tmp_path / "x.toml"
+    file.write_text("a = 9223372036854775807")
+    assert read_toml(file) == {"a": 2**63 - 1}
+    file.write_text("a = 9223372036854775808")
+    with pytest.raises(FileFormatError, match="a is a whole number of more than 63 bits"):
+        read_toml(file)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda levels: "a = " + "[" * levels + "]" * levels, lambda n: ".".join("a" * n) + " = 1"]
+)
+def test_32_levels_are_read_and_33_are_not(tmp_path, write):
+    file = tmp_path / "x.toml"
+    file.write_text(write(32))
+    assert list(read_toml(file)) == ["a"]
+    file.write_text(write(33))
+    with pytest.raises(FileFormatError, match="is nested more than 32 levels deep"):
         read_toml(file)
 
 
@@ -134,6 +159,30 @@ def test_a_file_that_is_written_in_pieces_appears_only_when_it_is_whole(tmp_path
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "all of the new")]
 
 
+def test_all_of_a_file_is_on_the_disk_before_it_gets_its_name_and_then_the_name(tmp_path, monkeypatch):
+    (tmp_path / "x").write_text("old")
+    seen = []
+
+    def note(handle: int) -> None:
+        found = os.fstat(handle)
+        seen.append((found.st_size if stat.S_ISREG(found.st_mode) else "folder", (tmp_path / "x").read_text()))
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_whole(tmp_path / "x", "the new one")
+    assert seen == [(11, "old"), ("folder", "the new one")]
+
+
+def test_a_new_file_gets_the_usual_permissions_and_an_old_one_keeps_its_own(tmp_path):
+    usual = os.umask(0o027)
+    try:
+        for expected in (0o640, 0o604):
+            write_whole(tmp_path / "x", "text")
+            assert (tmp_path / "x").stat().st_mode & 0o7777 == expected
+            (tmp_path / "x").chmod(0o604)
+    finally:
+        os.umask(usual)
+
+
 def test_a_torn_line_is_cut(tmp_path):
     file = tmp_path / "x"
     file.write_bytes(b"a\nb\nc")
@@ -157,6 +206,13 @@ def test_a_folder_that_cannot_be_made_is_found_and_none_is_made(tmp_path: Path) 
         with pytest.raises(UsageError, match=r"cannot be written|is not a file name"):
             check_folder_writable(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("lacking", [os.W_OK, os.X_OK])
+def test_a_folder_that_may_not_be_written_or_entered_is_found(tmp_path, monkeypatch, lacking):
+    monkeypatch.setattr(os, "access", lambda path, wanted: not wanted & lacking)  # root may do everything
+    with pytest.raises(UsageError, match=f"{tmp_path} may not be written"):
+        check_folder_writable(tmp_path / "new")
 
 
 def test_packed_files_are_unpacked_to_their_end_and_to_a_limit() -> None:
@@ -203,3 +259,54 @@ def test_a_name_of_as_many_bytes_as_a_folder_takes_is_written(tmp_path):
     write_whole(file, "a = 1")
     assert read_toml(file) == {"a": 1}
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_is_locked_once_until_it_is_closed(tmp_path):
+    (tmp_path / "x").touch()
+    with (tmp_path / "x").open("rb") as one, (tmp_path / "x").open("rb") as other:
+        assert take_lock(one)
+        assert not take_lock(other)
+        one.close()
+        assert take_lock(other.fileno())
+
+
+class Card(msgspec.Struct, forbid_unknown_fields=True):
+    speed: int = 1
+    kind: Literal["a", "b"] = "a"
+
+
+class Cards(msgspec.Struct, forbid_unknown_fields=True):
+    one: Card | None = None
+    rows: list[Card] = []
+    cards: dict[str, Card] = {}
+    lists: dict[str, dict[str, list[int]]] = {}
+
+
+GOOD = {"x": {}, "y": {"speed": 2}}
+DEEP = {"x": {"p": [1], "q": []}, "y.z": {"p": [1], "q": [2, "w"], "r": ["w", "w"]}, "z": {"p": [1, "w"]}}
+
+
+@pytest.mark.parametrize(
+    ("document", "problem", "hint"),
+    [
+        ({"one": {"kind": 3}}, "one.kind is 3, expected one of a, b", None),
+        ({"rows": [{}, {"speed": "w"}]}, "rows[1].speed is 'w', expected a whole number", None),
+        ({"rows": "w" * 58}, f"rows is '{'w' * 58}', expected a list", None),
+        ({"rows": "w" * 59}, f"rows is '{'w' * 56}..., expected a list", None),
+        ({"cards": GOOD | {"z": 3}}, "cards.z is 3, expected a table", None),
+        ({"cards": {"z": 3} | GOOD}, "cards.z is 3, expected a table", None),
+        ({"cards": GOOD | {"z": {"kind": "c"}} | GOOD}, "cards.z.kind is 'c', expected one of a, b", None),
+        (
+            {"cards": GOOD | {"z": {"sped": 1}}},
+            "cards.z.sped is not a known key, expected one of speed, kind",
+            "did you mean speed?",
+        ),
+        ({"lists": DEEP}, "lists.y.z.q[1] is 'w', expected a whole number", None),  # the first of several
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place_in_tables_of_any_keys_too(
+    document: dict[str, Any], problem: str, hint: str | None
+) -> None:
+    with pytest.raises(FileFormatError) as caught:
+        convert_toml("f", document, Cards)
+    assert (str(caught.value), caught.value.hint) == (f"f: {problem}", hint)

@@ -33,6 +33,7 @@ from ptsim.units import (
     percent,
     read_quantity,
     shown_number,
+    some_of,
     time_stamp,
     together,
     write_quantity,
@@ -73,6 +74,7 @@ from ptsim.units import (
         ("2 kHz", "hertz", 2000.0),
         ("250 mW", "watts", 0.25),
         ("2 kW", "watts", 2000.0),
+        ("2 J", "joules", 2.0),
         ("2 kJ", "joules", 2000.0),
         ("2 MJ", "joules", 2e6),
         ("2 Wh", "joules", 7200.0),
@@ -140,6 +142,7 @@ def test_bytes_are_binary(value: float, text: str) -> None:
 )
 def test_counts_are_decimal(value: float, text: str) -> None:
     assert format_count(value, "MAC") == text
+    assert format_count(value, "FLOP") == text.replace("MAC", "FLOP")
 
 
 @pytest.mark.parametrize(
@@ -254,6 +257,7 @@ def test_names_and_counts_in_a_sentence():
     assert [listed(["a", "b", "c"][:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
     assert [counted(n, "epoch") for n in (0, 1, 2000)] == ["0 epochs", "1 epoch", "2,000 epochs"]
     assert counted(2, "GPU is", "GPUs are") == "2 GPUs are"
+    assert [some_of("abcd"[:n]) for n in (1, 3, 4)] == ["a", "a, b, c", "a, b, c and others"]
     assert (in_turn([1, 4, 1]), in_turn([2])) == ("1, then 4", "2")
 
 
@@ -261,10 +265,11 @@ def test_names_and_counts_in_a_sentence():
     ("quantity", "value", "text"),
     [
         ("parameters", 25.6e6, "25.6 million"),
-        ("parameters", 1500, "1.50 thousand"),
+        ("parameters", 1e6, "1.00 million"),
+        ("parameters", 1000, "1.00 thousand"),
         ("parameters", 999, "999"),
-        ("grams", 2.5e6, "2.50 t"),
-        ("grams", 1500, "1.50 kg"),
+        ("grams", 1e6, "1.00 t"),
+        ("grams", 1000, "1.00 kg"),
         ("grams", 15, "15.0 g"),
         ("watts", 400, "400 W"),
     ],

@@ -275,13 +275,16 @@ def _data_name(given: str | None, images: int, num_classes: int, input_shape: tu
 class _Search(msgspec.Struct, frozen=True, kw_only=True):
     """What a search came to: the plan that has what is aimed at, if any, and what all that were made have.
 
-    `refusal` says why where nothing can have it, whatever the widths; then `reached` has what is nearest.
+    `refusal` says why where nothing can have it, whatever the widths; then `reached` has what is nearest. `trajectory`
+    and `steps` are those of the last network sequence that was made.
     """
 
     trace: Trace | None
     aimed: dict[str, float]
     reached: tuple[dict[str, float], ...]
     refusal: str | None = None
+    trajectory: Trajectory | None = None
+    steps: Sequence[Step] = ()
 
 
 def _planned(asked: _Asked, dense: Dense, kind: object, draws: int) -> list[Trace]:
@@ -296,7 +299,29 @@ def _planned(asked: _Asked, dense: Dense, kind: object, draws: int) -> list[Trac
     return planned
 
 
-def _search(asked: _Asked, dense: Dense, kind: object) -> _Search:
+def _search(asked: _Asked, dense: Dense, kind: object, *, tries_all: bool = True) -> _Search:
+    """The plan that has what is aimed at, if there is one.
+
+    Trying out what channels do that pass a reshape takes most of the time. So networks are made without, until one
+    search has come to an end; then all networks of its plan are tried out, or the last of them alone.
+    """
+    if not dense.takes_trying_out:
+        return _searched(asked, dense, kind, sure=True)
+    try:
+        search = _searched(asked, dense, kind, sure=False)
+        if search.trajectory is None:
+            return search
+        widths = search.trajectory.widths
+        rows = slice(None) if search.trace is not None and tries_all else slice(-1, None)
+        steps = list(dense.reconfigured(widths[rows]))
+        if [step.network.id for step in steps] == [step.network.id for step in search.steps[rows]]:
+            return search
+    except Exception:  # the model's own code runs here, on channels that were mixed up
+        pass
+    return _searched(asked, dense, kind, sure=True)
+
+
+def _searched(asked: _Asked, dense: Dense, kind: object, *, sure: bool) -> _Search:
     from ptsim.prune.trajectories.problem import Kind, Problem
     from ptsim.prune.trajectories.targets import OutOfReachError
 
@@ -305,6 +330,7 @@ def _search(asked: _Asked, dense: Dense, kind: object) -> _Search:
     best: dict[str, float] = {}
     found: list[dict[str, float]] = []
     aimed, since = {}, 0
+    trajectory, steps = None, []
     while since < _CORRECTIONS:
         problem = Problem(
             model=asked.model,
@@ -320,17 +346,17 @@ def _search(asked: _Asked, dense: Dense, kind: object) -> _Search:
             if found:
                 break
             return _Search(trace=None, aimed=error.aimed, reached=(error.nearest,), refusal=error.message)
-        steps = list(dense.reconfigured(trajectory.widths))
+        steps = list(dense.reconfigured(trajectory.widths, sure=sure))
         trace = _trace(asked, dense, trajectory, steps)
         aimed, reached = trajectory.targets, _reached(trace, trajectory)
         found.append(reached)
         if _miss(reached, aimed) <= TOLERANCE:
-            return _Search(trace=trace, aimed=aimed, reached=tuple(found))
+            return _Search(trace=trace, aimed=aimed, reached=tuple(found), trajectory=trajectory, steps=steps)
         since += 1
         if not best or _miss(reached, aimed) < 0.8 * _miss(best, aimed):
             best, since = reached, 0
         table = table.corrected(trajectory.widths, dense.network, [step.network for step in steps])
-    return _Search(trace=None, aimed=aimed, reached=tuple(found))
+    return _Search(trace=None, aimed=aimed, reached=tuple(found), trajectory=trajectory, steps=steps)
 
 
 def _refusal(asked: _Asked, dense: Dense, search: _Search, seeds: Sequence[int]) -> UsageError:
@@ -374,7 +400,8 @@ def _proposal(asked: _Asked, dense: Dense, search: _Search, seeds: Sequence[int]
 
     def note(pruning: str, found: Sequence[dict[str, float]]) -> None:
         for reached in found:
-            waiting.setdefault(with_targets(pruning, reached), _miss(reached, search.aimed))
+            if min(reached.values()) < 1 - TOLERANCE:  # else nothing is pruned
+                waiting.setdefault(with_targets(pruning, reached), _miss(reached, search.aimed))
 
     try:
         note(asked.pruning, search.reached)
@@ -385,7 +412,7 @@ def _proposal(asked: _Asked, dense: Dense, search: _Search, seeds: Sequence[int]
         again = msgspec.structs.replace(asked, pruning=tried[-1])
         kind = find_kind(tried[-1])
         for seed in seeds:
-            found = _search(msgspec.structs.replace(again, seed=seed), dense, kind)
+            found = _search(msgspec.structs.replace(again, seed=seed), dense, kind, tries_all=False)
             if found.trace is None:
                 note(tried[-1], found.reached)
                 break

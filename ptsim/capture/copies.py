@@ -125,7 +125,8 @@ def hollow_copy(model: nn.Module, device: str | None = None) -> nn.Module:
         memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
     twin_model = copied(model, memo)
     if device:
-        setattr(twin_model, _HOME, device_of(model))
+        home = device_of(model)
+        setattr(twin_model, _HOME, torch.device("cpu") if home.type == "meta" else home)  # it has never been anywhere
     for module in twin_model.modules():
         if hasattr(module, "num_batches_tracked") and getattr(module, "momentum", 0.1) is None:
             module.momentum = 0.1  # type: ignore[assignment] # a number

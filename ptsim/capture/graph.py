@@ -10,6 +10,8 @@ import dataclasses
 import enum
 import functools
 import inspect
+import operator
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +35,7 @@ from ptsim.capture.standins import NOT_THE_CODE
 from ptsim.capture.tracers import ShapedTracer, Tracer
 from ptsim.capture.words import named_values
 from ptsim.errors import UnsupportedModelError, lacks_memory, on_one_line
+from ptsim.operators import plain_name
 from ptsim.units import format_shape
 
 _ASKS = "the code asks what kind of thing a value is"
@@ -238,6 +241,33 @@ def traced_into(model: nn.Module, graph: fx.GraphModule) -> Iterator[tuple[str, 
     calls = called_modules(graph)
     inside = tuple(f"{call}." for call in calls)
     return ((p, module) for p, module in model.named_modules() if p not in calls and not p.startswith(inside))
+
+
+def sliced_by(node: fx.Node) -> fx.Node | None:
+    """The `tensor_split` of which a node is a part: torch makes every part by a slice of its own, as `x[:, :8]` does.
+
+    None of any other node. Those of `chunk`, `split` and `unbind` are made by one operator, which also joins their
+    gradients. Source: torch's aten/src/ATen/native/TensorShape.cpp, `tensor_split`, and native_functions.yaml.
+    """
+    if node.target is not operator.getitem or not isinstance(node.args[1], int):
+        return None
+    given = node.args[0]
+    return given if isinstance(given, fx.Node) and plain_name(_called(given)) == "tensor_split" else None
+
+
+def reads_none(node: fx.Node) -> bool:
+    """Whether a node makes a tensor like another one and reads none of its elements: `x.new_empty(4)`, `zeros_like`."""
+    return _LIKE.fullmatch(_called(node)) is not None
+
+
+_LIKE = re.compile(r"new_(empty|zeros|ones|full|empty_strided)|(empty|zeros|ones|full|rand|randn|randint)_like")
+
+
+def _called(node: fx.Node) -> str:
+    """The name of the function or method that a node calls; of any other node nothing."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
 
 
 def called_modules(graph: fx.GraphModule) -> set[str]:

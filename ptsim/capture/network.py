@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ptsim.capture.chance import chance_of, random_state_kept
 from ptsim.capture.counts import forward_macs
 from ptsim.capture.footprint import footprints
-from ptsim.capture.graph import evaluation_mode, note_tracer, symbolic_graph
+from ptsim.capture.graph import evaluation_mode, note_tracer, reads_none, symbolic_graph
 from ptsim.capture.kinds import (
     counts_products,
     foreign_operator,
@@ -85,6 +85,8 @@ def _described(
     nodes = [node for node in graph.graph.nodes if node.name in small.steps and small.steps[node.name].works]
     if not nodes:
         raise UnsupportedModelError(f"{name} computes nothing with its images, so that there is nothing to count")
+    if not _outputs(graph):
+        raise UnsupportedModelError(f"{name} returns no tensor")
     auxiliary = _auxiliary(model, graph, input_shape)
     owners = _owners(small, nodes)
     macs = forward_macs(model, input_shape, graph.meta["way"])
@@ -321,20 +323,20 @@ def _followers(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _edges(nodes: list[fx.Node], names: Mapping[fx.Node, str], steps: Mapping[str, Step]) -> Iterator[tuple[str, str]]:
-    """Producer and consumer layers; nodes that only hand something on are looked through.
+    """Producer and consumer layers; nodes that only hand something on are looked through, shapes and numbers are not.
 
     What a statement of its own writes into a tensor (`y.add_(x)`) comes from there on to those that take the tensor.
     """
     works = set(nodes)
     sources: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in nodes[0].graph.nodes if nodes else ():
-        found = dict.fromkeys(s for at in node.all_input_nodes for s in sources[at])
+        found = dict.fromkeys(s for at in node.all_input_nodes for s in sources[at] if not reads_none(node))
+        step = steps.get(node.name)
         if node in works:
             yield from ((names[source], names[node]) for source in found)
             sources[node] = (node,)
         else:
-            sources[node] = tuple(found)
-        step = steps.get(node.name)
+            sources[node] = tuple(found) if step is None or step.outputs or step.inplace else ()
         if step is not None and step.inplace and not node.users and isinstance(node.args[0], fx.Node):
             sources[node.args[0]] = sources[node]
 

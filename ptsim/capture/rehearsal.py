@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ptsim.capture.chance import random_state_kept
 from ptsim.capture.copies import copied, dtype_of, hollow_copy
-from ptsim.capture.graph import naming_the_image, output_tensors, symbolic_graph
+from ptsim.capture.graph import naming_the_image, output_tensors, reads_none, sliced_by, symbolic_graph
 from ptsim.capture.hollow import NoArithmetic
 from ptsim.capture.kept import KeptStorages
 from ptsim.capture.looking import let_hooks_look
@@ -43,7 +43,8 @@ class Step:
         weights_need_gradient: of the module's parameters, or of those that the call takes; None where there are none.
         matrices_need_gradient: of those with more than one axis.
         idle: some of these are trained, and no gradient comes to any: what it returns is used for nothing, perhaps.
-        works: False for a node that hands an input on, such as Identity or a tuple's item.
+        works: False for a node that hands an input on, such as Identity or a tuple's item; a part of a `tensor_split`
+            works in the place of it all.
         saved_elements, saved_bytes: floating-point elements, their bytes, that autograd newly keeps.
         saved_other_bytes: bytes of other kinds.
         output_saved: some node keeps what this one returned.
@@ -135,6 +136,8 @@ class _Watcher(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         handed = [value for at in n.all_input_nodes if at.op != "get_attr" for value in output_tensors(self.env[at])]
+        if reads_none(n):
+            handed = []
         arguments, keywords = pytree.tree_map_only(Tensor, Tensor.size, self.fetch_args_kwargs_from_env(n))
         step = Step(arguments, keywords, tuple(tuple(t.shape) for t in handed))
         step.needs_gradient = tuple(t.requires_grad for t in handed)
@@ -154,9 +157,14 @@ class _Watcher(fx.Interpreter):
             given = list(output_tensors(result))
             step.outputs = tuple(tuple(t.shape) for t in given)
             step.gives_gradient = any(t.requires_grad for t in given)
-            step.inplace = versions != [t._version for t in handed]
+            step.inplace = versions != [t._version for t in handed] or "overwrites" in n.meta
             step.works = bool(given) and (step.inplace or not all(any(t is h for h in handed) for t in given))
             step.view = not step.inplace and all(t.untyped_storage()._cdata in storages for t in given)
+            if (split := sliced_by(n)) is not None:
+                whole = self.steps[split.name]
+                step.inputs, step.needs_gradient, step.works = whole.inputs[:1], whole.needs_gradient[:1], True
+            if n.users and all(sliced_by(user) is n for user in n.users):
+                step.works = False
             self.steps[n.name] = step
             self._returned[n.name] = [weakref.ref(t.untyped_storage()) for t in given]
         return result

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptsim.capture.copies import dtype_of
-from ptsim.capture.graph import called_modules, evaluation_mode, traced_into
+from ptsim.capture.graph import called_modules, evaluation_mode, reads_none, sliced_by, traced_into
 from ptsim.capture.network import capture_network, layer_names
-from ptsim.capture.tracers import kept_shape
+from ptsim.capture.tracers import kept_shape, plain_arguments
 from ptsim.capture.ways import fullest_graph
 from ptsim.capture.words import words_of
 from ptsim.network import Footprint, Layer, LayerKind, Moment, Network, Parameter
@@ -123,7 +123,8 @@ class _Seen:
             model.train()
             self.graph = traced if traced is not None else fullest_graph(model, (_BATCH, *input_shape))
             watcher = _Watcher(model if traced is not None else self.graph, self.graph)
-            watcher.run(torch.empty((_BATCH, *input_shape), dtype=dtype_of(model), device="meta"))
+            with torch.device("meta"):  # where the code makes tensors without saying where
+                watcher.run(torch.empty((_BATCH, *input_shape), dtype=dtype_of(model)))
         names = layer_names(self.graph)
         self.inputs = {names[node]: shapes for node, shapes in watcher.inputs.items()}
         self.output = {names[node]: shape for node, shape in watcher.results.items()}
@@ -184,15 +185,24 @@ class _Watcher(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.op.startswith("call_"):
-            handed = [self.env[at] for at in n.all_input_nodes if at.op != "get_attr"]
+            handed = [self.env[at] for at in n.all_input_nodes if at.op != "get_attr" and not reads_none(n)]
             self.inputs[n] = tuple(tuple(value.shape) for value in handed if isinstance(value, Tensor))
+            if (split := sliced_by(n)) is not None:
+                self.inputs[n] = self.inputs[split]
             self.results[n] = tuple(result.shape) if isinstance(result, Tensor) else None
         return result
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the node is called with; devices are the one without storage."""
+        args: Any = fx.map_arg(plain_arguments(n.args, "meta"), self.env.__getitem__)
+        kwargs: Any = fx.map_arg(plain_arguments(n.kwargs, "meta"), self.env.__getitem__)
+        return args, kwargs
 
     def fetch_attr(self, target: str) -> Any:
         """Of the model; a tensor that its code has made while it was traced lies beside the graph alone."""
         made = "." not in target and not hasattr(self.module, target)
-        return getattr(self._traced, target) if made else super().fetch_attr(target)
+        value = getattr(self._traced, target) if made else super().fetch_attr(target)
+        return value.to("meta") if isinstance(value, Tensor) else value
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module; some only for their shape."""
@@ -224,6 +234,8 @@ def _resized_layer(layer: Layer, num_parameters: int, before: _Seen, after: _See
     if (old, before.output[name]) == (new, after.output[name]) and num_parameters == layer.num_parameters:
         return layer
     out_old, out_new = before.output[name], after.output[name]
+    if layer.view and old and layer.output_shape == layer.input_shapes[0] and out_old is out_new is None:
+        out_old, out_new = old[0], new[0]  # chunk, split, unbind: the pieces together are the input
     if layer.once or len(old) != len(layer.input_shapes) or out_old is None or out_new is None:
         raise _UnexplainedError(name)
     inputs = tuple(_image_shape(shape, a, b) for shape, a, b in zip(layer.input_shapes, old, new, strict=True))

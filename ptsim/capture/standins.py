@@ -34,13 +34,22 @@ def is_the_models(node: fx.Node) -> bool:
     return node.op == "get_attr"
 
 
+_COPYING = frozenset({"imul", "itruediv", "ipow"})  # where a gradient needs what they overwrite
+
+
 def _in_place(name: str) -> Any:
-    """`weight -= …` on the memory of a parameter or buffer; of an activation torch.fx makes a new tensor, as ever."""
+    """`weight -= …` on the memory of a parameter or buffer; of an activation torch.fx makes a new tensor, as ever.
+
+    `node.meta["overwrites"]` tells of a product, a quotient or a power that it does not.
+    """
 
     def method(self: _Noted, other: Any) -> Any:
-        if not is_the_models(self.node):
-            return NotImplemented
-        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+        if is_the_models(self.node):
+            return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+        made = getattr(operator, name[1:])(self, other) if name in _COPYING else NotImplemented
+        if isinstance(made, fx.Proxy):
+            made.node.meta["overwrites"] = True
+        return made
 
     return method
 

@@ -24,8 +24,8 @@ from ptsim.capture.words import calls_of
 from ptsim.errors import UnsupportedModelError
 
 _FACTORIES = (  # functions of torch
-    *("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "randperm"),
-    *("scalar_tensor", "tensor", "zeros"),
+    *("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn"),
+    *("randperm", "scalar_tensor", "tensor", "zeros"),
 )
 # Functions that torch 2.8, unlike 2.14, lets no stand-in be given to where a number or a list of tensors is wanted.
 _PARTLY_TRACED = (
@@ -69,13 +69,23 @@ def _functions_traced() -> Iterator[None]:
         else:
             assign(module, name, value)
 
+    def normal(*args: Any, **kwargs: Any) -> Any:
+        """Of two numbers and a size, which `torch.device` does not put anywhere: by operators that it does."""
+        given = dict(zip(("mean", "std", "size"), args, strict=False)) | kwargs
+        size: Any = given.get("size")
+        sized = isinstance(size, fx.Proxy) or any(isinstance(part, fx.Proxy) for part in size or ())
+        if not sized or "out" in given:
+            return originals[torch, "normal"](*args, **kwargs)
+        how = {name: value for name, value in given.items() if name not in ("mean", "std", "size", "generator")}
+        return torch.empty(size, **how).normal_(given["mean"], given["std"], generator=given.get("generator"))
+
     named = (*_FACTORIES, *_PARTLY_TRACED, *_CONVOLUTIONS)
     homes = [(torch, name) for name in named] + [(F, name) for name in (*_CONVOLUTIONS, "channel_shuffle")]
-    originals = {(home, name): getattr(home, name) for home, name in homes}
+    originals = {(home, name): getattr(home, name) for home, name in (*homes, (torch, "normal"))}
     assign = nn.Module.__setattr__
     try:
         for (home, name), original in originals.items():
-            setattr(home, name, traced(original))
+            setattr(home, name, normal if name == "normal" else traced(original))
         nn.Module.__setattr__ = assigned  # type: ignore[assignment, method-assign] # put back below
         yield
     finally:

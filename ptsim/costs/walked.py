@@ -287,7 +287,7 @@ class _Walk:
                 gradients[layer.name] = [(storages.allocate(num_bytes), num_bytes)]
             given = gradients.pop(layer.name, [])
             if given:
-                own = self._rounded(4 * layer.num_parameters) if layer.weight_needs_gradient else 0
+                own = self._rounded(4 * layer.num_parameters)
                 beside += own
                 sources = self._sources[layer.name] if layer.input_needs_gradient else []
                 sizes = layer.input_sizes(self._batch)

@@ -17,7 +17,7 @@ from ptsim.capture.copies import copied
 from ptsim.errors import UnsupportedModelError
 from ptsim.prune.cut import cut_model
 from ptsim.prune.labels import NO_SLOTS, UNKNOWN, State, connected, distinct
-from ptsim.prune.propagate import propagate
+from ptsim.prune.propagate import Graphs, propagate
 from ptsim.prune.selection import keep_one
 from ptsim.prune.steps import same_steps
 
@@ -37,6 +37,16 @@ def misaligned(
 
     `operation` takes them out of a copy; by default a plain cut.
     """
+    seen = tried_out(bones, groups, removed, operation)
+    if seen is None or (operation is None and not same_steps(groups.graphs, seen[1])):
+        return None
+    return seen[0]
+
+
+def tried_out(
+    bones: nn.Module, groups: ChannelGroups, removed: Tensor, operation: Callable[[nn.Module], object] | None = None
+) -> tuple[Tensor, Graphs] | None:
+    """What `misaligned` gives, and the graphs of the smaller network, whose steps are not compared yet."""
     smaller = copied(bones)
     seed = {}
     for key, components in groups.axes.items():
@@ -50,9 +60,7 @@ def misaligned(
         state, graphs = propagate(smaller, groups.input_shape, seed, wider=groups.graphs)
     except SHAPE_ERRORS:
         return None
-    if operation is None and not same_steps(groups.graphs, graphs):
-        return None
-    return torch.cat([state.misaligned, _out_of_place(groups, removed, state)])
+    return torch.cat([state.misaligned, _out_of_place(groups, removed, state)]), graphs
 
 
 def _out_of_place(groups: ChannelGroups, removed: Tensor, state: State) -> Tensor:

@@ -26,7 +26,7 @@ from ptsim.prune.alignment import SHAPE_ERRORS
 from ptsim.prune.cut import take
 from ptsim.prune.groups import ChannelGroups, axes_for, find_groups, weight_GOIK
 from ptsim.prune.labels import BATCH_NORMS
-from ptsim.prune.reconfigure import CutPlan, operate, stays_aligned
+from ptsim.prune.reconfigure import CutPlan, aligned_graphs, operate
 from ptsim.prune.selection import keep_one
 from ptsim.setting import image_shape
 
@@ -358,7 +358,7 @@ def _removable(network: nn.Module, groups: ChannelGroups, chance: Tensor, limit:
     """
     for part in (limit, limit / 2, limit / 4):
         mask, _ = keep_one(groups, groups.prunable & (chance <= part), importance)
-        if bool(mask.any()) and stays_aligned(network, groups, CutPlan(removed=mask)):
+        if bool(mask.any()) and aligned_graphs(network, groups, CutPlan(removed=mask)) is not None:
             return mask
     return keep_one(groups, groups.prunable & (chance <= limit) & ~groups.sensitive, importance)[0]
 

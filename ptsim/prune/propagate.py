@@ -180,6 +180,12 @@ class Propagation(fx.Interpreter):
             parts = [slots for n in node.all_input_nodes for slots in _flat(self.counts.get(n))]
             self.counts[node] = torch.cat([*parts, NO_SLOTS])
 
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An attribute; a tensor that the code has made while it was traced goes where the images are."""
+        value = super().get_attr(target, args, kwargs)
+        made = isinstance(value, Tensor) and id(value) not in self.state.names
+        return value.to(self.device) if made else value
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module; some without storage only for their shape."""
         module = self.fetch_attr(target)

@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 
 from ptsim.capture.graph import example_input, output_tensors
 from ptsim.errors import UsageError
-from ptsim.prune.alignment import SHAPE_ERRORS, misaligned, settled
+from ptsim.prune.alignment import SHAPE_ERRORS, settled, tried_out
 from ptsim.prune.cut import cut_model, cut_optimizer, unwrap
 from ptsim.prune.density import THRESHOLD
 from ptsim.prune.gating import Gate, apply_gate, find_gates
 from ptsim.prune.groups import ChannelGroups, component_maxima, find_groups, labelled
 from ptsim.prune.labels import BATCH_NORMS
-from ptsim.prune.propagate import MODES
+from ptsim.prune.propagate import MODES, Graphs
 from ptsim.prune.removal import Removal, collapsed_layers, find_removals, remove_branch
 from ptsim.prune.selection import balanced, keep_one, round_up
 from ptsim.prune.steps import same_calls, same_steps
@@ -162,7 +162,7 @@ def remove_channels(model: nn.Module, groups: ChannelGroups, sparse: Tensor) -> 
         sparse: a mask of components; those that cannot be pruned stay.
     """
     importance = (~sparse).to(torch.float32)
-    decision = _decide(model, groups, sparse & groups.prunable, importance, 1)
+    decision = _decide(model, groups, sparse & groups.prunable, importance, 1, further=False)
     if decision.plan.changes:
         operate(model, groups, decision.plan)
     return decision
@@ -243,7 +243,7 @@ class Decision:
         rescued: notes about layers of which every channel was sparse.
         decided: the other notes: what was tried out and what became of branches, whichever of their channels go.
         before: the groups of the model that it is about.
-        after: what `labelled` gives for `bones`; None if nothing has changed.
+        after: what `labelled` gives for `bones`; None if nothing has changed, or if it was not needed.
     """
 
     plan: CutPlan
@@ -261,18 +261,29 @@ class Decision:
     @functools.cached_property
     def groups(self) -> ChannelGroups:
         """The groups of what is left: looked for when they are asked for, because reshapes have to be tried out."""
-        return self.before if self.after is None else settled(*self.after)
+        if not self.plan.changes:
+            return self.before
+        return settled(*(self.after or labelled(self.bones, self.before.input_shape)))
 
 
-def _decide(model: nn.Module, groups: ChannelGroups, sparse: Tensor, importance: Tensor, multiple: int) -> Decision:
+def _decide(
+    model: nn.Module,
+    groups: ChannelGroups,
+    sparse: Tensor,
+    importance: Tensor,
+    multiple: int,
+    *,
+    further: bool = True,
+) -> Decision:
     """The plan that goes furthest and works.
 
     Every plan is carried out on shapes first; a branch whose code cannot bear a tensor without channels keeps one.
+    `further`: what is left has to be a network that can be reconfigured again, and its labels are needed for that.
     """
 
     def rehearsed(sparse: Tensor, removals: tuple[Removal, ...]) -> Decision | None:
         plan, rescued = _plan(groups, sparse, importance, multiple, removals)
-        return _rehearse(model, groups, plan, rescued)
+        return _rehearse(model, groups, plan, rescued, further=further)
 
     removals, notes = find_removals(groups, sparse), list[str]()
     if frozen := _kept_in_evaluation(model, groups, removals):
@@ -318,7 +329,9 @@ def _plan(
     return CutPlan(removed=removed, removals=removals), notes
 
 
-def _rehearse(model: nn.Module, groups: ChannelGroups, plan: CutPlan, rescued: tuple[str, ...]) -> Decision | None:
+def _rehearse(
+    model: nn.Module, groups: ChannelGroups, plan: CutPlan, rescued: tuple[str, ...], *, further: bool
+) -> Decision | None:
     """Carry the plan out on a copy; None if the copy fails or would mix channels up."""
     bones = groups.rehearsal_copy(model)
     if not plan.changes:
@@ -331,25 +344,28 @@ def _rehearse(model: nn.Module, groups: ChannelGroups, plan: CutPlan, rescued: t
             operate(bones, groups, plan)
             if not runs(bones, groups):
                 return None
-        if not stays_aligned(model, groups, plan):
+        graphs = aligned_graphs(model, groups, plan)
+        if graphs is None:
             return None
-        after = labelled(bones, groups.input_shape)
-        if not same_steps(groups.graphs, after[1].graphs, constants=[removal.constant for removal in plan.removals]):
+        after = labelled(bones, groups.input_shape) if further or not graphs else None
+        graphs = graphs if after is None else after[1].graphs
+        if not same_steps(groups.graphs, graphs, constants=[removal.constant for removal in plan.removals]):
             return None
         return Decision(plan=plan, bones=bones, rescued=rescued, before=groups, after=after)
     except SHAPE_ERRORS:
         return None
 
 
-def stays_aligned(model: nn.Module, groups: ChannelGroups, plan: CutPlan) -> bool:
-    """True if the model's code handles what the plan leaves as it handled the whole.
+def aligned_graphs(model: nn.Module, groups: ChannelGroups, plan: CutPlan) -> Graphs | None:
+    """None if the model's code does not handle what the plan leaves as it handled the whole; else what it does then.
 
-    A reshape or split could mix up channels, and a condition on shapes could come out differently.
+    A reshape or split could mix up channels, and a condition on shapes could come out differently. Where no channel
+    that goes passes one, nothing is looked at, and there are no graphs.
     """
     if not bool((plan.removed & groups.sensitive).any()):
-        return True
-    wrong = misaligned(groups.rehearsal_copy(model), groups, plan.removed, lambda m: operate(m, groups, plan))
-    return wrong is not None and len(wrong) == 0
+        return {}
+    seen = tried_out(groups.rehearsal_copy(model), groups, plan.removed, lambda m: operate(m, groups, plan))
+    return None if seen is None or len(seen[0]) else seen[1]
 
 
 def weighted_layers(groups: ChannelGroups, removal: Removal) -> tuple[str, ...]:

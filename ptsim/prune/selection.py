@@ -92,12 +92,11 @@ def round_up(
             for axis in (layer.outputs, layer.inputs):
                 gone = removed[axis]
                 kept = int((~gone).sum())
-                target = min(math.ceil(kept / multiple) * multiple, len(axis))
-                if not bool(gone.any()) or kept == target:
+                if not bool(gone.any()) or kept % multiple == 0:
                     continue
                 order = torch.argsort(importance[axis], descending=True, stable=True)
                 for component in axis[order].tolist():
-                    if kept >= target and kept % multiple == 0:
+                    if kept % multiple == 0:
                         break
                     if bool(removed[component]):
                         removed[component] = False

@@ -18,6 +18,7 @@ from ptsim import zoo
 from ptsim.answers.plan import _asked, _data_name, fractions, plan
 from ptsim.answers.plan_options import PlanOptions
 from ptsim.answers.validate import validate
+from ptsim.capture import resized
 from ptsim.capture.network import capture_network
 from ptsim.capture.resized import Recapture
 from ptsim.capture.tracers import Tracer
@@ -29,7 +30,7 @@ from ptsim.network import LayerKind, Network
 from ptsim.prune.groups import ChannelGroups, find_groups, weight_GOIK
 from ptsim.prune.propagate import skeleton
 from ptsim.prune.reconfigure import Surgery, reconfigure, remove_channels
-from ptsim.prune.trajectories import Problem, Trajectory, register
+from ptsim.prune.trajectories import Problem, Trajectory, build, register
 from ptsim.prune.trajectories.build import _beyond, dense_network
 from ptsim.prune.trajectories.catalog import published_runs
 from ptsim.prune.trajectories.roles import roles
@@ -66,6 +67,55 @@ def small(num_classes=10):
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, num_classes),
     )
 small.input_shape = (3, 16, 16)
+"""
+SPLIT = """
+import torch
+from torch import nn
+
+class Split(nn.Module):
+    \"\"\"As Res2Net has it: one quarter of the channels after the other passes the convolutions.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48)
+        self.convs = nn.ModuleList(nn.Conv2d(12, 12, 3, padding=1, bias=False) for _ in range(3))
+        self.last = nn.Linear(48, 10)
+
+    def forward(self, x):
+        parts = torch.relu(self.norm(self.first(x))).chunk(4, 1)
+        made = [parts[0]]
+        for conv, part in zip(self.convs, parts[1:]):
+            made.append(torch.relu(conv(made[-1] + part)))
+        return self.last(torch.cat(made, 1).mean((2, 3)))
+
+def split(num_classes=10):
+    torch.manual_seed(0)
+    return Split()
+split.input_shape = (3, 16, 16)
+"""
+SHUFFLE = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class Shuffle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.a, self.bn = nn.Conv2d(32, 32, 1, groups=4), nn.BatchNorm2d(32)
+        self.dw, self.b = nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 32, 1, groups=4)
+        self.last = nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        y = F.relu(self.bn(self.a(x)))
+        n, c, h, w = y.shape
+        y = y.view(n, 4, c // 4, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        return self.last(F.relu(x + self.b(self.dw(y))).mean((2, 3)))
+
+def shuffle(num_classes=10):
+    return Shuffle()
+shuffle.input_shape = (3, 32, 32)
 """
 RECORDED = Path(__file__).parents[2] / "traces" / "cifar10-resnet20" / "prunetrain-r0.2.jsonl"
 BASE = {"images": 1024, "epochs": 12, "batch": 32, "interval": 3}
@@ -290,6 +340,53 @@ class TestEngine:
         file.write_text('[[prune]]\nedge = "4.conv1"\nepochs = [6, 12]\ndensities = [0, 0]\n')
         assert len(plan(model, **BASE, pruning=str(file), draws=3).networks) == 3
         assert walks["ptsim.capture.rehearsal"] == 4  # one more for all trajectories: a branch is gone
+
+    @pytest.mark.slow
+    def test_channels_that_pass_a_split_are_tried_out_once_a_plan_is_found(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = tmp_path / "split.py"
+        file.write_text(SPLIT)
+        tried: list[int] = []
+        captured: list[str] = []
+        try_out, capture = build.remove_channels, resized.capture_network
+        monkeypatch.setattr(build, "remove_channels", lambda *args: tried.append(1) or try_out(*args))
+        monkeypatch.setattr(
+            resized, "capture_network", lambda *args, **named: captured.append("") or capture(*args, **named)
+        )
+        asked = {**BASE, "pruning": "training=0.764,inference=0.5"}
+        planned = plan(f"{file}:split", **asked)
+        assert (len(planned.networks), len(tried), len(captured)) == (5, 4, 1)
+        tried.clear()
+        with pytest.raises(UsageError, match="the nearest") as refused:
+            plan(f"{file}:split", **{**asked, "pruning": "training=0.75,inference=0.5"})
+        assert refused.value.hint is not None
+        assert len(tried) <= 2  # the last network of what was tried, and of what is proposed
+        monkeypatch.setattr(build.Dense, "takes_trying_out", False)  # then every network is tried out at once
+        careful = plan(f"{file}:split", **asked)
+        assert careful.networks == planned.networks
+
+    @pytest.mark.slow
+    def test_a_hint_does_not_propose_to_prune_nothing(self, tmp_path: Path) -> None:
+        file = tmp_path / "shuffle.py"
+        file.write_text(SHUFFLE)
+        with pytest.raises(UsageError, match=r"the nearest is training=0\.74") as refused:
+            plan(f"{file}:shuffle", images=50_000, epochs=10, batch=64, pruning="training=0.7,inference=0.5")
+        assert refused.value.hint is None  # of its 8 sets of channels a few go at once, and half a point is less
+
+    @pytest.mark.parametrize("split", ["chunk", "tensor_split"])
+    def test_a_resized_split_is_equal_to_a_captured_one(self, split: str, tmp_path: Path) -> None:
+        file = tmp_path / "split.py"
+        file.write_text(SPLIT.replace("chunk", split))
+        live = zoo.find(f"{file}:split").build(num_classes=10)
+        bones = skeleton(live)
+        recapture = Recapture(bones, name="split", input_shape=SHAPE, num_classes=10)
+        groups = find_groups(bones, SHAPE)
+        sparse = torch.rand(groups.num_components, generator=seeded()) < 0.3
+        remove_channels(bones, groups, sparse)
+        remove_channels(live, find_groups(live, SHAPE), sparse)
+        assert recapture.network(bones).id == capture_network(live, name="split", input_shape=SHAPE, num_classes=10).id
+        assert recapture.num_captures == 1
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ["resnet20", "vgg11"])

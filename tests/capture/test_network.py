@@ -574,3 +574,61 @@ def test_nothing_of_what_a_capture_copies_stays_in_memory() -> None:
     for _ in range(3):  # what other tests have left may go meanwhile
         capture_network(model, name="m", input_shape=(3, 8, 8), num_classes=4)
     assert modules() <= before
+
+
+class _Resizing(nn.Module):
+    """Makes one tensor as large as another one, which it adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide, narrow = self.wide(x), self.narrow(x)
+        return wide + nn.functional.interpolate(narrow, size=wide.shape[2:])
+
+
+def test_a_shape_that_is_asked_for_is_no_edge_along_which_a_gradient_comes_back() -> None:
+    network = capture_network(_Resizing(), name="resizing", input_shape=(3, 8, 8), num_classes=8)
+    assert set(network.edges) == {("narrow", "interpolate"), ("interpolate", "add"), ("wide", "add")}
+
+
+class _Dropping(nn.Module):
+    """Stochastic depth as timm writes it: a number for every image, made like the tensor that it is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return x * x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(0.5) + torch.zeros_like(x)
+
+
+def test_what_is_made_like_a_tensor_reads_none_of_it() -> None:
+    network = capture_network(_Dropping(), name="dropping", input_shape=(3, 8, 8), num_classes=8)
+    inputs = {layer.name: layer.input_shapes for layer in network.layers}
+    assert inputs == {
+        "conv": ((3, 8, 8),),
+        "new_empty": (),
+        "bernoulli_": ((1, 1, 1),),
+        "mul": ((8, 8, 8), (1, 1, 1)),
+        "zeros_like": (),
+        "add": ((8, 8, 8), (8, 8, 8)),
+    }
+    made = ("new_empty", "bernoulli_"), ("bernoulli_", "mul"), ("zeros_like", "add")
+    assert set(network.edges) == {("conv", "mul"), ("mul", "add"), *made}
+
+
+class _Mute(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> None:
+        self.conv(x)
+
+
+def test_a_network_that_returns_nothing_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"^mute returns no tensor$"):
+        capture_network(_Mute(), name="mute", input_shape=(3, 8, 8), num_classes=8)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from ptsim.capture import resized
+from ptsim.capture.graph import symbolic_graph
 from ptsim.capture.network import capture_network
 from ptsim.capture.resized import Recapture, thin_copy
 from ptsim.prune.cut import cut_model
@@ -136,3 +140,67 @@ def test_a_product_of_activations_is_counted_anew_where_one_of_them_has_less_cha
     cut_model(bones, groups.cut_for(removed))
     network = known.network(bones)
     assert [layer.forward_macs for layer in network.layers if layer.op == "bmm"] == [64 * 64 * 4, 64 * 64 * 5]
+
+
+class _Noisy(nn.Module):
+    """Adds a tensor that its code makes by the size of another one."""
+
+    def __init__(self, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.make = make
+        self.first, self.norm, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 12, 1)
+        self.last = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        return self.last(torch.relu(self.second(x + self.make(x))).mean((2, 3)))
+
+
+_MADE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "normal": lambda x: torch.normal(0.0, 1.0, x.shape),
+    "normal by keyword": lambda x: torch.normal(mean=0.0, std=0.1, size=x.size()),
+    "randn": lambda x: torch.randn(x.shape),
+    "randn where the images are": lambda x: torch.randn(*x.shape, device=x.device),
+    "randint": lambda x: torch.randint(0, 2, x.shape).float(),
+    "exponential": lambda x: torch.empty(x.shape).exponential_(),
+    "of NumPy": lambda x: torch.from_numpy(np.random.randn(*x.shape).astype("float32")),
+    "a distribution": lambda x: torch.distributions.Normal(0.0, 1.0).sample(x.shape),
+    "places": lambda x: torch.linspace(-1, 1, x.shape[3])[None, None, None],
+}
+
+
+_LONG = ("of NumPy", "a distribution")  # traced by torch.export
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in _LONG)) for name in _MADE])
+def test_code_may_make_tensors_without_saying_where(name: str) -> None:
+    """A network of weights without storage is described, and cut, as one with weights is."""
+    live = _Noisy(_MADE[name])
+    with torch.device("meta"):
+        bones = skeleton(_Noisy(_MADE[name]))
+    recapture = Recapture(bones, name="noisy", input_shape=(3, 8, 8), num_classes=4)
+    assert recapture.base.id == capture_network(live, name="noisy", input_shape=(3, 8, 8), num_classes=4).id
+    groups = find_groups(bones, (3, 8, 8))
+    removed = torch.zeros(groups.num_components, dtype=torch.bool)
+    removed[groups.axes["second.weight", 0][:5]] = True
+    assert groups.prunable[removed].all()
+    for model in (bones, live):
+        cut_model(model, groups.cut_for(removed))
+    network = recapture.network(bones)
+    assert network.id == capture_network(live, name="noisy", input_shape=(3, 8, 8), num_classes=4).id
+    assert network.forward_macs == 64 * (3 * 9 * 8 + 8 * 7) + 7 * 4
+
+
+def test_noise_of_a_size_is_the_same_as_the_code_draws() -> None:
+    traced = symbolic_graph(_Noisy(_MADE["normal"]).eval(), (2, 3, 8, 8))
+    images, made = torch.rand(2, 3, 8, 8), []
+    for run in (traced, _with_weights_of(traced)):
+        torch.manual_seed(0)
+        made.append(run(images))
+    assert torch.equal(*made)
+
+
+def _with_weights_of(traced: nn.Module) -> nn.Module:
+    model = _Noisy(_MADE["normal"]).eval()
+    model.load_state_dict(traced.state_dict())
+    return model

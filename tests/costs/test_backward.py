@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from analysis.check_counts import kept_bytes
 from ptsim.capture.network import capture_network
 from ptsim.costs.kernels import Pass, Work, network_kernels
+from ptsim.costs.memory import iteration_memory
 from ptsim.network import LayerKind, Network
 from ptsim.setting import StepSetting
 from tests.costs.test_kernels import chain, on_16_channels
@@ -50,8 +53,8 @@ class Net(nn.Module):
 class Moved(TorchDispatchMode):
     """Adds up what kernels read and write; numbers in tensors, and views, are nothing."""
 
-    _NOT_READ = ("empty", "new_", "zeros", "ones", "full")
-    _COPIES = ("slice_backward", "select_backward")  # zeros, into which the gradient is copied
+    _NOT_READ = ("empty", "new_", "zeros", "ones", "full", "exponential_")
+    _COPIES = ("slice_backward", "select_backward", "diagonal_backward")  # zeros, into which the gradient is copied
     _PLACES = ("scatter", "scatter_")  # write into zeros that are there, and, but for this class, in their own memory
     _SHAPES = ("max_pool2d_with_indices_backward", "avg_pool2d_backward")  # take the input for its shape alone
 
@@ -95,6 +98,10 @@ class Case:
     shapes: tuple[tuple[int, ...], ...] = (FULL,)
     own: tuple[Any, ...] = ()
     more: int = 0  # bytes that ptsim counts more, with the reason beside it
+
+
+def _gated(first: Tensor, second: Tensor) -> Tensor:
+    return first * second.sigmoid()
 
 
 CASES: dict[str, Case] = {
@@ -175,7 +182,11 @@ CASES: dict[str, Case] = {
     "average pool": Case(lambda x: F.avg_pool2d(x, 2)),
     "max pool": Case(lambda x: F.max_pool2d(x, 2)),
     "resized": Case(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
+    "sampled": Case(
+        lambda x, y: F.grid_sample(x, y.permute(0, 2, 3, 1), align_corners=False), (FULL, (2, SIDE, SIDE))
+    ),
     "spread": Case(lambda x: x.expand(-1, -1, SIDE, SIDE).exp(), (GATE,)),
+    "spread to what it is": Case(lambda x: x.expand(-1, WIDTH, SIDE, SIDE).exp()),
     "spread as another": Case(lambda x, y: x.expand_as(y).exp(), (GATE, FULL)),
     "one largest of all channels": Case(lambda x: x.max(1, keepdim=True)[0]),
     "one least of all channels": Case(lambda x: x.min(1, keepdim=True)[0]),
@@ -189,6 +200,25 @@ CASES: dict[str, Case] = {
     "unbound": Case(lambda x: torch.stack(x.unbind(1)[::-1], 1)),
     "part": Case(lambda x: x[:, 1:].exp()),
     "place": Case(lambda x: x[:, 1].exp()),
+    "parts without a size": Case(lambda x: _gated(*x.exp().tensor_split(2, 1))),
+    "parts up to places": Case(lambda x: _gated(*torch.tensor_split(x.exp(), (2,), dim=1))),
+    "parts of a loop": Case(lambda x: torch.cat([y.exp() for y in x.exp().tensor_split(3, 1)], 1)),
+    "halves of the rows": Case(lambda x: _gated(*torch.hsplit(x.exp(), 2))),
+    "halves of the columns": Case(lambda x: _gated(*x.exp().dsplit(2))),
+    "one part of three": Case(lambda x: x.tensor_split(3, 1)[1].exp()),
+    "halves without a check": Case(lambda x: torch.cat(x.unsafe_chunk(2, 1)[::-1], 1)),
+    "parts without a check": Case(lambda x: torch.cat(x.unsafe_split(3, 1)[::-1], 1)),
+    "two parts": Case(lambda x: (lambda y: _gated(y[:, :2], y[:, 2:]))(x.exp())),
+    "a window": Case(lambda x: x[:, :, 1:-1, 2:-1].exp()),
+    "a window of some channels": Case(lambda x: x[:, 1:, 1:, 1:-1].exp()),
+    "every second pixel": Case(lambda x: x[..., ::2, ::2].exp()),
+    "all pixels by fours": Case(
+        lambda x: (lambda y: torch.cat([y[..., i::2, j::2] for i in range(2) for j in range(2)], 1))(x.exp())
+    ),
+    "one row of a channel": Case(lambda x: x[:, 1, 2].exp()),
+    "a column": Case(lambda x: x[:, :, :, 3].exp()),
+    "a channel and an axis": Case(lambda x: x[:, None, 1].exp()),
+    "the diagonal": Case(lambda x: x.diagonal(0, 2, 3).exp()),
     "part by narrow": Case(lambda x: x.narrow(1, 0, 2).exp()),
     "another shape": Case(lambda x: x[:, :, None].flatten(1, 2).transpose(1, 2).exp()),
 }  # fmt: skip
@@ -231,6 +261,15 @@ IN_PLACE: dict[str, Case] = {
     "product with what has no gradient": Case(lambda x, y: x.mul_(y.detach()), (FULL, FULL)),
     "quotient": Case(lambda x, y: x.div_(y), (FULL, FULL)),
     "quotient by a number": Case(lambda x: x.div_(3)),
+    "sum by a sign": Case(operator.iadd, (FULL, FULL)),
+    "product by a sign": Case(operator.imul, (FULL, FULL)),
+    "product with a gate by a sign": Case(operator.imul, (FULL, GATE)),
+    "product with a scale by a sign": Case(operator.imul, own=((WIDTH, 1, 1),)),
+    "product with a number by a sign": Case(lambda x: operator.imul(x, 3)),
+    "product with what has no gradient by a sign": Case(lambda x, y: operator.imul(x, y.detach()), (FULL, FULL)),
+    "quotient by a sign": Case(operator.itruediv, (FULL, FULL)),
+    "quotient by a number by a sign": Case(lambda x: operator.itruediv(x, 3)),
+    "power by a sign": Case(lambda x: operator.ipow(x, 2)),
 }  # fmt: skip
 
 
@@ -266,6 +305,22 @@ def test_gradients_read_and_write_what_torchs_operators_do(name: str) -> None:
     assert moved_by_ptsim(network, forward=False) == (num_bytes + case.more, launches)
 
 
+SEVERAL: dict[str, Case] = {
+    "gumbel_softmax": Case(lambda x: F.gumbel_softmax(x, dim=1)),
+    **{name: CASES[name] for name in ("clamped", "erf", "softmin", "tanhshrink", "softsign")},
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_activations_of_several_kernels_read_and_write_what_torchs_operators_do_forward(name: str) -> None:
+    case = SEVERAL[name]
+    _, network = described(case)
+    operands = [torch.rand(BATCH, *shape) for shape in case.shapes]
+    with Moved() as moved:
+        case.function(*operands)
+    assert moved_by_ptsim(network, forward=True) == (moved.num_bytes, moved.kernels)
+
+
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_operators_in_place_copy_what_their_gradient_needs(name: str) -> None:
     case = IN_PLACE[name]
@@ -274,6 +329,14 @@ def test_operators_in_place_copy_what_their_gradient_needs(name: str) -> None:
     with Moved() as moved:
         case.function(*operands, *model.own)
     assert moved_by_ptsim(network, forward=True) == (moved.num_bytes, moved.kernels)
+
+
+@pytest.mark.parametrize("name", [name for name in IN_PLACE if name.endswith("by a sign")])
+def test_what_operators_in_place_keep_is_what_autograd_saves(name: str) -> None:
+    model, network = described(IN_PLACE[name])
+    kept = iteration_memory(network, StepSetting(batch=BATCH)).activation_bytes
+    by_layer = sum(layer.saved_bytes(BATCH, 4) for layer in network.layers)
+    assert kept == by_layer == kept_bytes(model, torch.rand(BATCH, 3, SIDE, SIDE))
 
 
 @pytest.mark.slow

@@ -118,3 +118,10 @@ def test_a_link_of_no_fitted_kind_contends_as_the_others_do() -> None:
     ):
         cluster = Cluster(name="c", device=None, gpus_per_node=4, intra=intra, inter=inter)
         assert contention_of(cluster, gpus) == expected
+
+
+def test_constants_that_are_given_stand_in_for_those_that_ptsim_ships() -> None:
+    given = msgspec.structs.replace(load_scaling(), slowdown=0.5, straggle=0.25, contention={"other": 0.75})
+    cluster = load_cluster("dgx-a100")  # two nodes of 8
+    assert (slowdown(cluster, 8, given), slowdown(cluster, 16, given)) == (0.5, 0.75)
+    assert contention_of(cluster, 16, given) == 0.75

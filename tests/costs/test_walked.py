@@ -124,6 +124,15 @@ def test_the_highest_moments_of_a_chain(
     )
 
 
+def test_a_trained_bias_beside_frozen_weights_has_a_gradient() -> None:
+    """The chain's convolution with 3 biases alone to learn: 12 bytes instead of 216."""
+    conv, *others = chain().layers
+    conv = msgspec.structs.replace(conv, weight_needs_gradient=False, num_parameters=3)
+    network = msgspec.structs.replace(chain(), layers=(conv, *others))
+    found = walked_footprint(network, gpu=False, half=False)
+    assert found.contiguous == moments((0, 616, 1960), (12, 552, 1960), (1960, 464, 0))
+
+
 def test_a_network_without_a_footprint_is_walked() -> None:
     assert iteration_memory(chain(), StepSetting(batch=5)).activation_bytes == 5 * 320
 
@@ -151,6 +160,19 @@ def test_a_sum_hands_its_gradient_to_both_branches() -> None:
         (216, 192 + 40 + 320, 1996),
     )
     assert found.channels_last == moments((1960, 656, 0), (36 + 36, 616, 1960), (0, 616, 1996), (432, 232, 1996))
+
+
+def test_a_smaller_operand_of_a_sum_has_a_gradient_of_its_own() -> None:
+    """r → p → a ← r, where p is a number a channel: its gradient has 12 bytes, and lies in no other.
+
+    When p runs backward, there are its gradient and two of r, one of them the sum's, beside 192 kept and 40 of loss.
+    """
+    layers, edges = head("a", saved=48)
+    pool = layer("p", LayerKind.POOL, output_shape=(3, 1, 1))
+    total = layer("a", LayerKind.ELEMENTWISE, input_shapes=((3, 4, 4), (3, 1, 1)), output_saved=True)
+    network = built((*stem(), pool, total, *layers), (("c", "r"), ("r", "p"), ("r", "a"), ("p", "a"), *edges))
+    found = walked_footprint(network, gpu=False, half=False)
+    assert max(moment.image_bytes for moment in found.contiguous if moment.gradient_bytes) == 192 + 40 + 2 * 192 + 12
 
 
 @pytest.mark.parametrize("op", ["sub", "rsub"])
@@ -266,11 +288,15 @@ def test_gradients_and_images_count_alike_where_the_nearest_moment_is_looked_for
     """Of the walk's 1,960 bytes of gradients and 616 an image.
 
     900 and 616 are 1060/1960 from ReLU's moment, and 900/1960 + 152/616 from the linear layer's; 0 and 616 are a whole
-    1 from the one, and 152/616 from the other.
+    1 from the one, and 152/616 from the other. 1,000 and 448 are 960/1960 + 24/616 = 0.529 from the view's, 1,960 and
+    424, and 1000/1960 + 16/616 = 0.536 from the linear layer's, 0 and 464.
     """
-    watched = msgspec.structs.replace(BARE, contiguous=moments((0, 616, 900)), channels_last=moments((0, 616, 0)))
+    watched = msgspec.structs.replace(
+        BARE, contiguous=moments((0, 616, 900), (0, 448, 1000)), channels_last=moments((0, 616, 0))
+    )
     found = rescaled(watched, chain(3), chain(6))
-    assert found.contiguous == moments((0, 1192, 1782))  # 900 · 3,880 / 1,960
+    # 900 and 1,000 · 3,880 / 1,960; 448 · 808 / 424
+    assert found.contiguous == moments((0, 1192, 1782), (0, 854, 1980))
     assert found.channels_last == moments((0, 1126, 0))  # 616 · 848 / 464
 
 
@@ -328,3 +354,17 @@ def test_outputs_of_frozen_layers_live_until_their_last_reader() -> None:
     found = walked_footprint(network, gpu=False, half=False)
     assert found.channels_last == moments((0, 1920 + 192 - 40, 0), (1960, 192 + 40 + 40, 0))
     assert found.contiguous == moments((0, 1920 + 2048 - 40, 0), (1960, 192 + 40 + 40, 0))
+
+
+def test_what_a_layer_keeps_of_a_frozen_ones_output_is_there_once() -> None:
+    """A frozen convolution gives 30 channels, 1,920 bytes, of which a linear layer makes 10 numbers, 40 bytes.
+
+    Forward and backward both are there, the gradient of the 40, and the loss once more than `costs.memory` adds it.
+    """
+    idle = {"input_needs_gradient": False, "weight_needs_gradient": False}
+    wide = layer("c", LayerKind.CONV, channels=30, in_channels=2, input_shapes=((2, 4, 4),), output_saved=True, **idle)
+    (_, linear), _ = head("c", channels=30, saved=480)
+    linear = msgspec.structs.replace(linear, input_needs_gradient=False)
+    found = walked_footprint(built((wide, linear), (("c", "l"),)), gpu=False, half=False)
+    assert found.kept_image_bytes == 1920
+    assert found.channels_last == moments((4 * 4810, 1920 + 40 + 40, 0))

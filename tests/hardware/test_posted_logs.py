@@ -458,17 +458,21 @@ def nested(levels: int) -> dict[str, Any]:
         (
             [
                 f"{TIME} stdout P a",
+                f"{TIME} stdout P",
                 f"{TIME} stderr F e",
                 f"{TIME} stdout F b",
                 f"{TIME} stdout F",
                 f"{TIME} stderr P f",
             ],
-            ["", "e", "ab", "", "", "f"],
+            ["", "", "e", "ab", "", "", "f"],
         ),
         (["a", {"log": "b\n"}, "{c}"], ["a", "b", "{c}"]),  # a launcher's own lines between a container's
         ([nested(4)], ["x"]),
         ([nested(5)], [as_json(**nested(5))]),
         (["a \\n", 'b\\n"', "c\t|"], ["a", "b", "c"]),  # a notebook's cell, a quoted one, a table's
+        (["<td>b</td>"], ["b"]),
+        (["a &amp; b"], ["a & b"]),
+        (["12"], ["12"]),  # JSON, too
         (["&lt;a&gt; <td class='x'>b</td>", "<stdout rank='0'>c</stdout>"], ["<a> b", "c"]),
     ],
 )
@@ -487,3 +491,5 @@ def test_entries_have_line_and_time_in_one_of_several_fields(field: str, time: s
     entries = [{field: line, time: str(number)} for number, line in enumerate("abc", start=1)]
     assert unwrapped(json.dumps(entries)) == unwrapped(json.dumps(entries[::-1])) == "a\nb\nc"
     assert unwrapped(json.dumps(entries[:1])) == "a"
+    same = [{field: line, time: "1"} for line in "abc"]
+    assert unwrapped(json.dumps(same)) == unwrapped(json.dumps([{field: line} for line in "abc"])) == "a\nb\nc"

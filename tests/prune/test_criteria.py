@@ -309,6 +309,11 @@ def written(net, y, h):
     return y
 
 
+def placed(net, y, h):
+    y[:, :, 0] = net.b(h)[:, :, 0]
+    return y
+
+
 @pytest.mark.parametrize(
     ("join", "bias", "goes"),
     [
@@ -320,6 +325,7 @@ def written(net, y, h):
         (lambda net, y, h: torch.sigmoid(y) * net.b(h), False, 0),
         (lambda net, y, h: (1 + y) * net.b(h), False, 0),
         (lambda net, y, h: y * net.b(h), False, 2),
+        (lambda net, y, h: y * y.sigmoid(), False, 2),  # what is not zero is made of y, not written into it
         (lambda net, y, h: torch.subtract(y, 1) * net.b(h), False, 0),
         (lambda net, y, h: y.clamp(min=0.5) * net.b(h), False, 0),
         (lambda net, y, h: F.hardtanh(y, 0.5, 2) * net.b(h), False, 0),
@@ -336,11 +342,17 @@ def written(net, y, h):
         (lambda net, y, h: torch.maximum(y.mean((2, 3)), net.gate.bias)[:, :, None, None] * net.b(h), False, 0),
         (lambda net, y, h: (y - 1) * net.b(h), False, 0),
         (lambda net, y, h: (1 - y) * net.b(h), False, 0),
+        (lambda net, y, h: y.sub_(1) * net.b(h), False, 0),
+        (lambda net, y, h: (y + net.gate.bias.view(1, -1, 1, 1)) * net.b(h), False, 0),
         (lambda net, y, h: torch.rsub(y, 1) * net.b(h), False, 0),
         (lambda net, y, h: torch.softmax(y, 2) * net.b(h), False, 0),  # of zeros: a share for every row
         (lambda net, y, h: net.plain(y) * net.b(h), False, 0),
         (lambda net, y, h: y @ net.b(h), False, 2),  # image by image
         (written, False, 0),
+        (placed, False, 0),
+        (lambda net, y, h: F.pad(y, (1, 1, 1, 1)), False, 2),
+        (lambda net, y, h: F.pad(y, (1, 1, 1, 1), value=1.0), False, 0),
+        (lambda net, y, h: F.conv2d(y, net.b.weight), False, 0),  # of a function nobody can listen what it hears
     ],
 )
 def test_a_channel_that_a_layer_without_a_batch_norm_writes_too_stays(join, bias, goes):
@@ -352,6 +364,28 @@ def test_a_channel_that_a_layer_without_a_batch_norm_writes_too_stays(join, bias
     surgery = reconfigure(model, find_groups(model, SMALL_IMAGE), importance_of=Slimming.importance)
     assert (surgery.changed, model.a.out_channels) == (goes > 0, 6 - goes)
     images = torch.randn(4, *SMALL_IMAGE)
+    torch.testing.assert_close(model.eval()(images), before.eval()(images))
+
+
+class Brightest(nn.Module):
+    """To every channel the images' brightness is added where it is above 100, as of no image of a trial."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6), nn.Linear(6, 2)
+
+    def forward(self, zeros):  # however it is called
+        x = torch.relu(self.norm(self.conv(zeros))) + F.threshold(zeros.mean(1, keepdim=True), 100, 0)
+        return self.head(x.mean((2, 3)))
+
+
+def test_channels_to_which_bright_images_are_added_stay_though_those_of_a_trial_are_dark():
+    model = Brightest()
+    with torch.no_grad():
+        model.norm.weight[[1, 4]] = model.norm.bias[[1, 4]] = 0
+    before = copy.deepcopy(model)
+    assert not reconfigure(model, find_groups(model, SMALL_IMAGE), importance_of=Slimming.importance).changed
+    images = 200 * torch.rand(4, *SMALL_IMAGE)
     torch.testing.assert_close(model.eval()(images), before.eval()(images))
 
 

@@ -51,15 +51,17 @@ def test_the_penalty_is_the_sum_of_all_norms_but_the_images_and_the_classes() ->
 
 @pytest.mark.parametrize(
     ("form", "limits"),
-    [("per_tensor", (0, 0)), ("gathered", (10**6, 10**6)), ("gathered", (0, 10**6)), ("gathered", (100, 90))],
+    [("per_tensor", (0, 0)), ("gathered", (10**6, 10**6)), ("gathered", (0, 10**6)), ("gathered", (100, 60))],
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("build", [small_resnet, grouped_network])
 def test_the_hand_written_gradient_is_autograds(
     form: Literal["per_tensor", "gathered"], limits: tuple[int, int], layout: torch.memory_format, build: object
 ) -> None:
+    """Each network has a weight of just 60 kernels: the largest of those that are gathered where that is the limit."""
     model = build().to(memory_format=layout)  # type: ignore[operator] # a parameter of the test
     lasso = GroupLasso(model, find_groups(model, SMALL_IMAGE), form=form, limits=limits)
+    assert lasso.form == form
     (0.3 * lasso.penalty()).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert expected
@@ -94,6 +96,13 @@ def test_a_memory_format_that_changes_on_the_way_changes_no_gradient() -> None:
     lasso.add_gradient(0.3)
     for name, gradient in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_a_network_without_channels_of_its_own_has_no_penalty() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    lasso = GroupLasso(model, find_groups(model, (3, 2, 2)))
+    lasso.add_gradient(1.0)
+    assert (float(lasso.value()), model[1].weight.grad) == (0, None)
 
 
 def test_depthwise_convolutions_biases_and_batch_norms_are_not_penalised() -> None:
@@ -250,6 +259,7 @@ def test_small_weights_in_half_precision_have_norms_too(
 
 def test_the_coefficient_gives_the_ratio() -> None:
     assert penalty_coefficient(2.0, 10.0, 0.2) == pytest.approx(0.05)  # 0.2 · 2 / (0.8 · 10)
+    assert penalty_coefficient(2.0, 0.5, 0.2) == pytest.approx(1.0)
     coefficient = penalty_coefficient(math.log(10), 1975.6, 0.25)
     assert coefficient * 1975.6 / (math.log(10) + coefficient * 1975.6) == pytest.approx(0.25)
     assert penalty_coefficient(2.3, 100.0, 0.0) == penalty_coefficient(0.0, 0.0, 0.0) == 0.0
@@ -313,6 +323,15 @@ def test_a_proximal_step_shrinks_as_much_as_a_constant_gradient_moves(
         before, weight.grad = weight.item(), torch.full_like(weight, 3.0)
         optimizer.step()
     assert before - weight.item() == pytest.approx(shrinkage)
+
+
+def test_optimizers_without_dampening_or_a_learning_rate_have_a_shrinkage_too() -> None:
+    weight, other = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.RMSprop([{"params": [weight], "momentum": 0.5}, {"params": [other]}], lr=0.1)
+    assert proximal_shrinkages(optimizer, [weight, other], 3.0) == pytest.approx([0.6, 0.3])
+    optimizer.param_groups[0]["momentum"] = 1.0  # which accumulates without end
+    optimizer.param_groups[1]["lr"] = None  # as of an optimizer that chooses its own
+    assert proximal_shrinkages(optimizer, [weight, other], 3.0) == pytest.approx([0.3, 0])
 
 
 @pytest.mark.slow

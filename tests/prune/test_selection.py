@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ptsim.prune.labels import Weighted
@@ -62,6 +64,8 @@ def test_the_most_important_channel_of_an_empty_axis_stays(
         ({0, 1, 2, 6, 8}, {6, 8}),  # no input of the second group goes, one output of each does
         ({6, 7}, set()),  # all outputs of the first group, none of its inputs
         ({0, 1, 2}, set()),  # all its inputs, none of its outputs
+        ({0, 6, 7}, set()),  # all its outputs and one input
+        ({0, 1, 2, 6}, set()),
     ],
 )
 def test_the_groups_of_a_grouped_convolution_stay_equal(gone: set[int], goes: set[int]) -> None:
@@ -76,6 +80,13 @@ def test_a_grouped_convolution_of_which_everything_goes_is_equal() -> None:
     groups = network(layer("a", [0, 1, 2, 3, 4, 5], [6, 7, 8, 9], groups=2))
     everything = mask(set(range(10)), 10)
     assert left(balanced(groups, everything, torch.ones(10))) == set(range(10))
+    assert left(round_up(groups, everything, torch.ones(10), 4)) == set(range(10))
+
+
+def test_of_every_group_that_does_not_go_as_a_whole_the_most_important_channel_stays() -> None:
+    groups = network(layer("a", [0, 1, 2, 3], [4, 5], groups=2))
+    importance = torch.tensor([0.2, 0.1, 0.3, 0.4, 1, 1])
+    assert left(balanced(groups, mask({0, 1, 2, 3}, 6), importance)) == {1, 2}
 
 
 @pytest.mark.parametrize(
@@ -109,3 +120,24 @@ def test_as_many_channels_are_taken_back_in_every_group(multiple: int, goes: set
     groups = network(layer("a", [8, 9], list(range(8)), groups=2), layer("b", list(range(8)), [10]))
     importance = torch.tensor([0.5, 0.6, 0.7, 1, 0.1, 0.2, 0.3, 1, 1, 1, 1])
     assert left(round_up(groups, mask({0, 1, 2, 4, 5, 6}, 11), importance, multiple)) == goes
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sets(st.integers(0, 35)), st.permutations(range(36)), st.sampled_from([2, 3, 4, 6, 8, 16]))
+def test_rounded_widths_are_multiples_in_equal_groups_and_nothing_more_goes(
+    gone: set[int], order: list[int], multiple: int
+) -> None:
+    """Two grouped convolutions of 12 channels behind each other, with 2 and 3 groups, and layers around them."""
+    first, second, third = ([*range(start, start + 12)] for start in (0, 12, 24))
+    layers = [layer("a", first, second, groups=2), layer("b", second, third, groups=3), layer("c", third, first)]
+    groups, importance = network(*layers), torch.tensor(order, dtype=torch.float32)
+    kept, _ = keep_one(groups, mask(gone, 36), importance)
+    found = round_up(groups, kept, importance, multiple)
+    assert left(found) <= left(kept) <= gone
+    for axis in (first, second, third):
+        width = int((~found[axis]).sum())
+        assert width == 12 or (width > 0 and width % multiple == 0)
+    for one in layers[:2]:
+        for axis in (one.inputs, one.outputs):
+            rows = (~found[axis]).view(one.groups, -1).sum(1)
+            assert len(set(rows.tolist()) - {0}) == 1

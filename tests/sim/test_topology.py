@@ -63,6 +63,8 @@ def test_hierarchical_on_equal_nodes_is_the_closed_form(nodes: int, nics: int) -
         job = PlacedJob(ranks=ranks(4 * nodes), message_bytes=size, algorithm="hierarchical")
         expected = hierarchical_all_reduce_seconds(size, 4, nodes, FAST, SLOW)
         assert simulate_all_reduces(cluster, [job]).seconds[0] == pytest.approx(expected, rel=ROUNDING, abs=0)
+        if nodes < 3:
+            assert simulate_all_reduces(cluster, [job], events=True).seconds[0] == pytest.approx(expected, rel=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -109,6 +111,10 @@ def test_bytes_on_the_simulated_wire_are_the_formula(algorithm: str, num: int) -
 def test_two_nodes_exchange_one_message_each_way_in_a_tree() -> None:
     job = PlacedJob(ranks=ranks(8), message_bytes=1e6, algorithm="tree")
     assert simulate_all_reduces(FOURS, [job]).pipe_bytes["node 0 out"] == pytest.approx(1e6)
+    unused = simulate_all_reduces(FOURS, [job], num_gpus=9).pipe_bytes
+    assert {pipe for pipe, num_bytes in unused.items() if not num_bytes} == {
+        "gpu 8 out", "gpu 8 in", "node 2 out", "node 2 in"
+    }  # fmt: skip
 
 
 @given(st.integers(1, 300))
@@ -125,6 +131,49 @@ def test_both_trees_have_the_least_depth_and_nobody_works_in_both(size: int) -> 
         assert max(depths) == math.ceil(math.log2(size))
     busiest = max(sum(parents.count(rank) + (parents[rank] is not None) for parents in trees) for rank in range(size))
     assert busiest == (0, 0, 2, 3, 4)[min(size, 4)]
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn"),
+    [
+        (
+            12,
+            [
+                {0: (8,), 8: (4, 10), 4: (2, 6), 2: (1, 3), 6: (5, 7), 10: (9, 11)},
+                {11: (3,), 3: (1, 7), 1: (0, 2), 7: (5, 9), 5: (4, 6), 9: (8, 10)},
+            ],
+        ),
+        (
+            13,
+            [
+                {0: (8,), 8: (4, 12), 4: (2, 6), 2: (1, 3), 6: (5, 7), 12: (10,), 10: (9, 11)},
+                {1: (9,), 9: (5, 0), 5: (3, 7), 3: (2, 4), 7: (6, 8), 0: (11,), 11: (10, 12)},
+            ],
+        ),
+    ],
+)
+def test_both_trees_are_those_that_nccl_draws(size: int, drawn: list[dict[int, tuple[int, ...]]]) -> None:
+    """NCCL's graph/trees.cc, `ncclGetDtree`: a mirror image for an even number of ranks, else a shift by one."""
+    expected = [{child: parent for parent, children in tree.items() for child in children} for tree in drawn]
+    found = [{child: p for child, p in enumerate(parents) if p is not None} for parents in double_binary_tree(size)]
+    assert found == expected
+
+
+@pytest.mark.parametrize("nics", [1, 2])
+@pytest.mark.parametrize("algorithm", ["ring", "tree", "hierarchical"])
+def test_a_gpu_hands_on_what_came_to_it_and_every_gpu_gets_something(algorithm: str, nics: int) -> None:
+    cluster = msgspec.structs.replace(FOURS, nics_per_node=nics)
+    job = PlacedJob(ranks=ranks(12), message_bytes=1.0, algorithm=algorithm)
+    for stage in Fabric(cluster, 12).stages(job):
+        for connection in stage.connections:
+            assert {stage.connections[before].target for before in connection.after} <= {connection.source}
+        assert {connection.target for connection in stage.connections} == set(range(12))
+
+
+def test_a_ring_keeps_the_order_of_its_gpus_where_a_node_has_one_nic() -> None:
+    """0, 4, 1, 5, 0: two of node 0's GPUs send over its NIC, each 2 · 3/4 of the message."""
+    job = PlacedJob(ranks=(0, 4, 1, 5), message_bytes=1e6)
+    assert simulate_all_reduces(FOURS, [job]).pipe_bytes["node 0 out"] == pytest.approx(3e6)
 
 
 def test_a_node_that_has_several_nics_uses_all_of_them() -> None:
@@ -323,7 +372,9 @@ def test_wrong_jobs_are_named(job: PlacedJob, says: str) -> None:
         ),
         ({"bandwidth_factor": {"gpu": 2, "gpu 1": 0}}, "bandwidth factor 0"),
         ({"bandwidth_factor": {"gpu 1": math.nan}}, "bandwidth factor nan"),
+        ({"bandwidth_factor": {"gpu 1": math.inf}}, "bandwidth factor inf"),
         ({"extra_latency_s": {"gpu 1": -1}}, "extra latency -1"),
+        ({"extra_latency_s": {"gpu 1": math.inf}}, "extra latency inf"),
     ],
 )
 def test_wrong_links_are_named(arguments: dict[str, dict[str, float]], says: str) -> None:

@@ -90,7 +90,7 @@ class GroupLasso:
         """
         for weight in self.weights:
             if weight.grad is None:
-                weight.grad = torch.zeros_like(weight, memory_format=torch.preserve_format)
+                weight.grad = torch.zeros_like(weight)
         if self._small:
             strides = [term.weight.stride() for term in self._small]
             if self._gathered is None or self._gathered.strides != strides:  # another memory format since

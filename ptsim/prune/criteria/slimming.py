@@ -20,7 +20,7 @@ from ptsim.capture.copies import copied
 from ptsim.capture.graph import evaluation_mode, example_input, output_tensors
 from ptsim.criteria import slimming_work
 from ptsim.network import Network
-from ptsim.operators import DIFFERENCES, SUMS, plain_name
+from ptsim.operators import plain_name
 from ptsim.prune.criteria.coefficient import per_weight
 from ptsim.prune.function_rules import ACTIVATIONS, elementwise
 from ptsim.prune.groups import ChannelGroups
@@ -137,14 +137,13 @@ def _passes(
     kind = plain_name(name_of(node) if module is None else type(module).__name__)
     if kind in ("mul", "matmul", "bmm", "mm"):  # zero if one of the operands is
         return all(source in loud for source in sources)
-    if kind == "div" or kind.startswith("conv"):  # if the first one is
+    if kind == "div":  # if the first one is
         first = next(iter(node.args), None)
         return first in loud or not isinstance(first, fx.Node) or first.op == "get_attr"
-    made = node.op.startswith("call") and not sources and "zeros" not in kind  # of parameters or numbers alone
+    made = not sources and "zeros" not in kind  # of parameters or numbers alone
     if made or any(source in loud for source in sources):
         return True
-    shifts = kind in SUMS | DIFFERENCES and len(sources) < 2  # by a number or parameter
-    return shifts or kind in _NOT_AT_ZERO or _moves_zero(node, module, sources)
+    return kind in _NOT_AT_ZERO or _moves_zero(node, module, sources)
 
 
 def _moves_zero(node: fx.Node, module: nn.Module | None, sources: Sequence[fx.Node]) -> bool:

@@ -52,18 +52,27 @@ class Dense:
     recapture: Recapture
     tried: dict[tuple[Removal, ...], Decision] = dataclasses.field(default_factory=dict)
 
-    def reconfigured(self, widths: np.ndarray) -> Iterator[Step]:
+    @property
+    def takes_trying_out(self) -> bool:
+        """Whether a channel that can go passes a reshape."""
+        return bool((self.groups.sensitive & self.groups.prunable).any())
+
+    def reconfigured(self, widths: np.ndarray, *, sure: bool = True) -> Iterator[Step]:
         """The network after every reconfiguration; `widths` has a row for each and a column per edge.
 
         Every network is cut from the dense one, whose groups are known, and resized from a capture of the same
         structure. Only what was not tried out yet is tried out: a branch that goes, channels that pass a reshape.
+        Trying these out takes most of the time: unless it has to be `sure`, they are taken to go as they should.
+
+        Raises:
+            Exception: what the model's code raises where it was not sure, and channels that pass a reshape cannot go.
         """
         network, bones = self.network, skeleton(self.bones)
         whole = _Parts(bones)
         before = _Cut(removed=torch.zeros_like(self.groups.prunable))
         for row in widths:
             whole.restore()
-            cut = self._cut(bones, _beyond(self.groups, self.edge_of, torch.as_tensor(row)))
+            cut = self._cut(bones, _beyond(self.groups, self.edge_of, torch.as_tensor(row)), sure=sure)
             if not torch.equal(cut.removed, before.removed) or cut.removals != before.removals:
                 network = self.recapture.network(bones)
             gone = before.layers(self.groups)
@@ -79,14 +88,14 @@ class Dense:
             )
             before = cut
 
-    def _cut(self, bones: nn.Module, sparse: Tensor) -> _Cut:
+    def _cut(self, bones: nn.Module, sparse: Tensor, *, sure: bool) -> _Cut:
         """Take out of `bones` what goes once `sparse` components are without weight."""
         groups = self.groups
         empty = find_removals(groups, sparse)
-        untried = bool((sparse & groups.sensitive).any())
-        if untried or (empty and empty not in self.tried):
+        passes = bool((sparse & groups.sensitive).any())
+        if (passes and sure) or (empty and empty not in self.tried):
             decision = remove_channels(bones, groups, sparse)
-            if not untried:  # else it may be about the channels that pass a reshape
+            if not passes:  # else it may be about the channels that pass a reshape
                 self.tried[empty] = decision
             return _Cut(removed=decision.plan.removed, removals=decision.plan.removals, notes=decision.notes)
         known = self.tried.get(empty)
