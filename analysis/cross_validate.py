@@ -19,6 +19,7 @@ import re
 import sys
 from pathlib import Path
 
+import group_tiles
 import many_gpus
 import msgspec
 import numpy as np
@@ -225,6 +226,9 @@ def made(rows: pd.DataFrame, many: pd.DataFrame, later: pd.DataFrame) -> dict[st
         "later-by-source": _markdown(many_gpus.by_source(later).drop(columns="left out")),
         "later-by-network": _markdown(many_gpus.by_network(later)),
         "later": f"{many_gpus.overall(later[~known])}.",
+        "tiles": _markdown(
+            group_tiles.medians({"inference": group_tiles.inference(), "training": group_tiles.training()})
+        ),
         "later-of-known": f"{many_gpus.overall(later[known])}.",
     }
 

@@ -63,6 +63,5 @@ def rounded(value: float) -> float:
 
 
 def chip_name(name: str) -> str:
-    """What boards of the same silicon share."""
-    device = load_device(name)
-    return f"{device.architecture} {device.num_sms} SMs"
+    """The chip of the board with this name."""
+    return load_device(name).chip

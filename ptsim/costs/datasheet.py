@@ -210,8 +210,8 @@ _TILES = ((256, 128), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32
 # Standard deviation of the logarithm of time of what the rows of the fit scatter in, or hold little of. Half precision
 # scatters more than fp32 and tf32, by software and mini-batch; depthwise and grouped convolutions have rows of a few
 # GPUs, groups without a tensor-core kernel of one; padded channels, and kernels that take the least that a kernel
-# takes, are assumed. Of transposed convolutions and those over one or three axes there is no row at all: a factor of
-# two either way. Hosts: what the machines of the rows differ by.
+# takes, are assumed. Of transposed convolutions, those over one or three axes, and some in groups (`Kernel.unfitted`)
+# there is no row at all: a factor of two either way. Hosts: what the machines of the rows differ by.
 _UNCERTAINTY = {
     "halves": 0.12,
     "depthwise": 0.15,
@@ -222,7 +222,7 @@ _UNCERTAINTY = {
     "unfitted": 0.4,
     "host": 0.6,
 }
-_GROUP_COLUMNS = 64  # of tiles with one group: of 1, 32, 64, 96, 128 and 192 what rows of the fit ask for
+_GROUP_COLUMNS = 64  # least columns of a tile that holds one group: fits best of 1, 32, 64, 96, 128 and 192
 _SPLIT_DEPTH = 256  # least depth k of a slice when the depth is split over blocks …
 _SPLIT_BLOCKS = 4  # … and how many of them an SM gets
 
@@ -317,7 +317,8 @@ def _product_seconds(kernels: Kernels, chip: Chip, e: Efficiency) -> Floats:
     is_weights = kernels.step == Pass.WEIGHT_GRADIENT
     least = np.where(kernels.lone_groups, _GROUP_COLUMNS, 1)
     m, n = np.where(is_weights, np.maximum(m, least), m), np.where(is_weights, n, np.maximum(n, least))
-    several = (kernels.groups > 1) & ~is_weights
+    # Groups that share a tile share its start and end.
+    several = (kernels.groups > 1) & ~kernels.lone_groups & ~is_weights
     ramp = e.ramp * np.where(several, np.minimum(n / _TILES[-1][1], 1), 1)
     best = np.full(m.shape, np.inf)
     for rows, columns in _TILES:
@@ -512,6 +513,5 @@ def device_factor(device: Device, fit: Fit) -> float | None:
     """The factor of the fit's GPU, or the mean of those with the same chip; None where none has it."""
     if device.name in fit.devices:
         return fit.devices[device.name]
-    chips = {name: load_device(name) for name in fit.devices}
-    same = [n for n, c in chips.items() if (c.architecture, c.num_sms) == (device.architecture, device.num_sms)]
+    same = [name for name in fit.devices if load_device(name).chip == device.chip]
     return math.exp(sum(math.log(fit.devices[name]) for name in same) / len(same)) if same else None

@@ -77,8 +77,9 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
             differ in work.
         padded: channels are filled up to whole loads by a copy.
         odd_groups: a grouped convolution in channels_last for which no tensor-core kernel exists.
-        lone_groups: another grouped convolution whose kernel does not take several groups into one tile.
-        unfitted: a transposed convolution, or one over one or three axes: no row of any fit has one.
+        lone_groups: a grouped convolution, not with `odd_groups`, each of whose tiles holds one group.
+        unfitted: of a kind that no row of any fit has: transposed convolutions, those over one or three axes, and those
+            with groups of fewer than four channels or with 1×1 kernels in groups.
         moved_bytes: every operand read once, every result written once.
         layout_bytes: what conversions between NCHW and NHWC around the kernel move.
         blocks: thread blocks that it runs in, where those may be fewer than a GPU's SMs; infinite elsewhere. In the
@@ -224,11 +225,13 @@ def convolution_kernels(
     # Half-precision tensor-core kernels load 16 bytes at once; other channel counts are padded by a copy. Kernels for
     # images of three or four channels exist.
     ragged = halves and any(count % LOADED_HALVES for count in (channels_in, channels_out) if count > 4)
-    # cuDNN's NHWC kernels for groups want as many channels out as in and whole warps of groups (ResNeXt has 32 or 64).
+    # cuDNN's NHWC kernels for groups, several of which share a tile, want as many channels out as in and whole warps of
+    # groups (ResNeXt has 32 or 64). Whether groups share tiles in TF32, too, the rows of the fit do not say.
     usual = channels_in == channels_out and layer.groups % 32 == 0 and layer.dilation == (1, 1)
     grouped = layer.groups > 1 and not depthwise
     odd_groups = halves and not foreign and grouped and not usual
     transposed, flat = is_transposed(layer.op), layer.spatial_axes == 2
+    narrow = grouped and (min(channels_in, channels_out) < 4 or num_taps(layer) == 1)
     square = flat and layer.kernel_size == (3, 3)
     spread = Pass.FORWARD if transposed else Pass.INPUT_GRADIENT  # from few pixels to many
     for step, (m, n, k) in _implicit_products(layer, batch).items():
@@ -249,8 +252,8 @@ def convolution_kernels(
             strided=step is spread and stride > 1,
             padded=ragged and not depthwise,
             odd_groups=odd_groups,
-            lone_groups=grouped and not odd_groups and not (halves and usual),
-            unfitted=transposed or not flat,
+            lone_groups=grouped and not (halves and (usual or not foreign)),
+            unfitted=transposed or not flat or narrow,
             moved_bytes=x + y + w,
             layout_bytes=2 * (x + y) if (foreign or ragged) and not depthwise else 0.0,
             footprint_bytes=x + y + w,

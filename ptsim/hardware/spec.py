@@ -53,6 +53,11 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Whether it is a GPU, and not a CPU."""
         return self.architecture != "cpu"
 
+    @property
+    def chip(self) -> str:
+        """What boards with the same silicon share: "volta 80 SMs" of V100s and TITAN V."""
+        return f"{self.architecture} {self.num_sms} SMs"
+
     def check_precision(self, precision: Precision) -> None:
         """Refuse a precision that its data sheet gives no peak for.
 

@@ -411,22 +411,39 @@ def test_which_groups_have_tensor_core_kernels(changes, odd):
         assert not any(k.odd_groups for k in convolution_kernels(layer, batch=2, element=2, **other))
 
 
+HALF = {"halves": True, "element": 2}
+NCHW = HALF | {"foreign": True}
+
+
 @pytest.mark.parametrize(
-    ("groups", "how", "lone"),
+    ("changes", "how", "lone"),
     [
-        (1, {}, False),
-        (16, {}, True),
-        (32, {}, True),
-        (128, {}, False),  # depthwise
-        (16, {"halves": True}, False),  # another kernel, on CUDA cores
-        (16, {"halves": True, "foreign": True}, True),
-        (32, {"halves": True}, False),  # on tensor cores several groups share a tile
-        (32, {"halves": True, "foreign": True}, False),
+        ({"groups": 1}, {}, False),
+        ({"groups": 16}, {}, True),
+        ({"groups": 32}, {}, True),
+        ({"groups": 32, "outputs": 256}, {}, True),
+        ({"groups": 128}, {}, False),  # depthwise
+        ({"groups": 32}, HALF, False),  # on tensor cores several groups share a tile
+        ({"groups": 32}, NCHW, False),
+        ({"groups": 16}, NCHW, True),
+        ({"groups": 32, "outputs": 256}, NCHW, True),
+        ({"groups": 32, "dilation": (2, 2)}, NCHW, True),
+        ({"groups": 16}, HALF, False),  # another kernel, on CUDA cores
     ],
 )
-def test_whose_groups_have_tiles_of_their_own(groups, how, lone):
-    layer = convolution(128, 128, groups=groups)
-    assert {k.lone_groups for k in convolution_kernels(layer, batch=2, element=4, **how)} == {lone}
+def test_whose_groups_have_tiles_of_their_own(changes, how, lone):
+    layer = convolution(128, changes.get("outputs", 128), groups=changes["groups"])
+    layer = msgspec.structs.replace(layer, dilation=changes.get("dilation", (1, 1)))
+    assert {k.lone_groups for k in convolution_kernels(layer, batch=2, **{"element": 4, **how})} == {lone}
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "unfitted"), [(1, 1, False), (32, 3, False), (32, 1, True), (64, 3, True), (128, 3, False)]
+)
+def test_groups_of_which_no_row_of_the_fit_knows(groups, size, unfitted):
+    """1×1 kernels in groups, and groups of two channels; depthwise convolutions have rows."""
+    layer = msgspec.structs.replace(convolution(128, 128, groups=groups), kernel_size=(size, size))
+    assert {k.unfitted for k in convolution_kernels(layer, batch=2, element=4)} == {unfitted}
 
 
 @pytest.mark.parametrize(
