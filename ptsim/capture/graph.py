@@ -255,6 +255,42 @@ def sliced_by(node: fx.Node) -> fx.Node | None:
     return given if isinstance(given, fx.Node) and plain_name(_called(given)) == "tensor_split" else None
 
 
+def written_by(node: fx.Node) -> fx.Node | None:
+    """The tensor of which a statement writes a part: x of `x[i] = y` and of `x[i].copy_(y)`; None of any other node."""
+    given = node.args[0] if node.args else None
+    if not isinstance(given, fx.Node):
+        return None
+    if node.target is operator.setitem:
+        return given
+    whole = given.args[0] if _called(node) in _WRITING and only_written(given) else None
+    return whole if isinstance(whole, fx.Node) else None
+
+
+def only_written(node: fx.Node) -> bool:
+    """Whether a part of a tensor is named to be written and is never read: `x[:, 1:]` of `x[:, 1:].zero_()`."""
+    whole = node.args[0] if node.args else None
+    if _called(node) not in _NAMES_A_PART or not isinstance(whole, fx.Node) or plain_name(_called(whole)) in _IN_PARTS:
+        return False
+    return bool(node.users) and all(
+        _called(user) in _WRITING and user.args[0] is node and not user.users for user in node.users
+    )
+
+
+def shape_written(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[int, ...]:
+    """The shape of what a statement writes (see `written_by`); where a mask chooses, that of the whole tensor."""
+    target = values[node.args[0]]  # type: ignore[index] # a node
+    if node.target is not operator.setitem:
+        return tuple(target.shape)
+    index: Any = fx.map_arg(node.args[1], values.__getitem__)
+    masked = any(i.dtype is torch.bool for i in output_tensors(index))
+    return tuple(target.shape if masked else target.detach()[index].shape)
+
+
+_WRITING = ("copy_", "fill_", "zero_")
+_NAMES_A_PART = ("getitem", "narrow", "select")
+_IN_PARTS = ("chunk", "split", "unbind", "tensor_split")  # give several tensors
+
+
 def reads_none(node: fx.Node) -> bool:
     """Whether a node makes a tensor like another one and reads none of its elements: `x.new_empty(4)`, `zeros_like`."""
     return _LIKE.fullmatch(_called(node)) is not None

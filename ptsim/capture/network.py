@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ptsim.capture.chance import chance_of, random_state_kept
 from ptsim.capture.counts import forward_macs
 from ptsim.capture.footprint import footprints
-from ptsim.capture.graph import evaluation_mode, note_tracer, reads_none, symbolic_graph
+from ptsim.capture.graph import evaluation_mode, note_tracer, reads_none, symbolic_graph, written_by
 from ptsim.capture.kinds import (
     counts_products,
     foreign_operator,
@@ -339,6 +339,8 @@ def _edges(nodes: list[fx.Node], names: Mapping[fx.Node, str], steps: Mapping[st
             sources[node] = tuple(found) if step is None or step.outputs or step.inplace else ()
         if step is not None and step.inplace and not node.users and isinstance(node.args[0], fx.Node):
             sources[node.args[0]] = sources[node]
+        if (base := written_by(node)) is not None:
+            sources[base] = sources[node]
 
 
 def _auxiliary(model: nn.Module, graph: fx.GraphModule, input_shape: tuple[int, int, int]) -> set[fx.Node]:

@@ -156,6 +156,13 @@ class _Noisy(nn.Module):
         return self.last(torch.relu(self.second(x + self.make(x))).mean((2, 3)))
 
 
+def _moved_along(x: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    out[..., 1:] = x[..., :-1]
+    out[..., :1].zero_()
+    return out
+
+
 _MADE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "normal": lambda x: torch.normal(0.0, 1.0, x.shape),
     "normal by keyword": lambda x: torch.normal(mean=0.0, std=0.1, size=x.size()),
@@ -165,6 +172,7 @@ _MADE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "exponential": lambda x: torch.empty(x.shape).exponential_(),
     "of NumPy": lambda x: torch.from_numpy(np.random.randn(*x.shape).astype("float32")),
     "a distribution": lambda x: torch.distributions.Normal(0.0, 1.0).sample(x.shape),
+    "parts of it": _moved_along,
     "places": lambda x: torch.linspace(-1, 1, x.shape[3])[None, None, None],
 }
 
