@@ -54,7 +54,13 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
     with random_state_kept(model, []):  # each look at the network begins with the same random numbers
         small = rehearse(model, input_shape, _BATCHES[0])
         if small.graph.meta["draws"] or small.graph.meta["changes"] or chance_of(model).untold:
-            take_fullest_way(model, (_BATCHES[0], *input_shape))
+            ways = take_fullest_way(model, (_BATCHES[0], *input_shape))
+            if ways > 1:
+                warnings.warn(
+                    f"random numbers decide what {type(model).__name__} computes in a training step: of the {ways} "
+                    "ways that were met, the one with the most operations is described",
+                    stacklevel=3,
+                )
             small = rehearse(model, input_shape, _BATCHES[0])
         return _described(model, small, name=name, input_shape=input_shape, num_classes=num_classes)
 

@@ -199,6 +199,18 @@ def test_code_may_make_tensors_without_saying_where(name: str) -> None:
     assert network.forward_macs == 64 * (3 * 9 * 8 + 8 * 7) + 7 * 4
 
 
+class _Skipping(_Noisy):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(self.second(x if self.training and torch.rand(1) < 0.5 else self.norm(x)).mean((2, 3)))
+
+
+def test_that_random_numbers_decide_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
+    """`ptsim plan` traces a network for its shapes, and captures it."""
+    Recapture(skeleton(_Skipping(torch.clone)), name="skipping", input_shape=(3, 8, 8), num_classes=4)
+    assert ["of the 2 ways" in str(warning.message) for warning in recwarn] == [True]
+
+
 def test_noise_of_a_size_is_the_same_as_the_code_draws() -> None:
     traced = symbolic_graph(_Noisy(_MADE["normal"]).eval(), (2, 3, 8, 8))
     images, made = torch.rand(2, 3, 8, 8), []
