@@ -106,6 +106,7 @@ def symbolic_graph(
                 unsure = tracer.asked and len(ways) > 1
                 if unsure and images_shape is not None and not does_the_same(model, graph, images_shape, start):
                     raise fx.proxy.TraceError(_ASKS)
+                _name_parts(graph)
                 # Tensors that the code made are attributes of the model until here.
                 module = fx.GraphModule(tracer.root, graph, name)
             break
@@ -255,6 +256,30 @@ def sliced_by(node: fx.Node) -> fx.Node | None:
     return given if isinstance(given, fx.Node) and plain_name(_called(given)) == "tensor_split" else None
 
 
+def _name_parts(graph: fx.Graph) -> None:
+    """Give the parts of a `tensor_split` that go into a concatenation as they are a node each (see `sliced_by`)."""
+    for node in graph.nodes:
+        joining = [user for user in node.users if user.args[:1] == (node,) and plain_name(_called(user)) in _JOINING]
+        if plain_name(_called(node)) != "tensor_split" or not joining:
+            continue
+        places = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()))
+        number = places if isinstance(places, int) else len(places) + 1 if isinstance(places, list | tuple) else 0
+        with graph.inserting_after(node):
+            parts = [graph.call_function(operator.getitem, (node, place)) for place in reversed(range(number))]
+        for part in parts:
+            part.meta["grad"] = node.meta["grad"]
+        for user in joining if parts else ():
+            user.args = (tuple(reversed(parts)), *user.args[1:])
+
+
+def parts_used(node: fx.Node) -> frozenset[int] | None:
+    """Which tensors are read of those that a node gives; None where they are not read one by one."""
+    reading = [user for user in node.users if user.users or user.target is not operator.getitem]
+    places = [user.args[1] if user.target is operator.getitem else None for user in reading]
+    used = frozenset(place for place in places if isinstance(place, int))
+    return used if all(isinstance(place, int) for place in places) else None
+
+
 def written_by(node: fx.Node) -> fx.Node | None:
     """The tensor of which a statement writes a part: x of `x[i] = y` and of `x[i].copy_(y)`; None of any other node."""
     given = node.args[0] if node.args else None
@@ -286,6 +311,7 @@ def shape_written(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[int, ..
     return tuple(target.shape if masked else target.detach()[index].shape)
 
 
+_JOINING = ("cat", "stack")
 _WRITING = ("copy_", "fill_", "zero_")
 _NAMES_A_PART = ("getitem", "narrow", "select")
 _IN_PARTS = ("chunk", "split", "unbind", "tensor_split")  # give several tensors

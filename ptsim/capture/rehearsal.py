@@ -25,6 +25,7 @@ from ptsim.capture.graph import (
     naming_the_image,
     only_written,
     output_tensors,
+    parts_used,
     reads_none,
     shape_written,
     sliced_by,
@@ -47,7 +48,8 @@ class Step:
         arguments, keywords: of the call, with a `torch.Size` in place of every tensor.
         inputs: shapes of the tensors that other nodes handed over; parameters and buffers are not among them. Of what
             writes a part of a tensor, those of the tensor and of the part.
-        outputs: shapes of what it returned; empty for a node that returns no tensor.
+        outputs: shapes of what it returned; empty for a node that returns no tensor. Of parts of which some are never
+            read, that of those that are, together.
         needs_gradient: of each input.
         gives_gradient: what it returned has one, to hand back to these.
         weights_need_gradient: of the module's parameters, or of those that the call takes; None where there are none.
@@ -129,6 +131,17 @@ def rehearse(
     return Rehearsal(twin, graph, watcher.steps, ready, idle)
 
 
+def _read_parts(parts: tuple[Shape, ...], used: frozenset[int], whole: Shape) -> tuple[Shape, ...]:
+    """The shapes of all parts, or that of those that are used beside each other."""
+    read = [parts[place] for place in sorted({place % len(parts) for place in used})]
+    if not 0 < len(read) < len(parts):
+        return parts
+    if len(read[0]) < len(whole):  # of `unbind`
+        return ((len(read), *read[0]),)
+    axis = next((i for i, sizes in enumerate(zip(parts[0], whole, strict=True)) if sizes[0] != sizes[1]), 0)
+    return ((*whole[:axis], sum(part[axis] for part in read), *whole[axis + 1 :]),)
+
+
 # In which step a storage was first kept, its bytes, and those of one element if that is floating-point, else 0.
 _Kept = tuple[Step | None, int, int]
 
@@ -171,6 +184,8 @@ class _Watcher(fx.Interpreter):
             step.inplace = versions != [t._version for t in handed] or "overwrites" in n.meta
             step.works = bool(given) and (step.inplace or not all(any(t is h for h in handed) for t in given))
             step.view = not step.inplace and all(t.untyped_storage()._cdata in storages for t in given)
+            if step.view and len(given) > 1 and (used := parts_used(n)) is not None:
+                step.outputs = _read_parts(step.outputs, used, step.inputs[0])
             if (split := sliced_by(n)) is not None:
                 whole = self.steps[split.name]
                 step.inputs, step.needs_gradient, step.works = whole.inputs[:1], whole.needs_gradient[:1], True

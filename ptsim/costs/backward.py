@@ -216,7 +216,9 @@ def gradient_of_view(layer: Layer, batch: int, width: int) -> Moved | None:
     """Backward of an operator that hands out its input's memory; None where the gradient is handed on as well."""
     elements, *_ = *layer.input_sizes(batch), layer.num_parameters  # a second operand lends its shape alone
     whole, part = elements * width, layer.output_elements * batch * width
-    if layer.op in _JOINED:
+    if layer.op in _JOINED:  # of parts that nobody reads, zeros; of `unbind` a single one for each
+        if part < whole:
+            return Moved(whole + part, 2) if layer.op == "unbind" else Moved(3 * whole - part, 2)
         return Moved(2 * whole, 1)
     if layer.op in _PARTS and part < whole:
         left = _left_by_axis(layer, elements, layer.output_elements * batch)

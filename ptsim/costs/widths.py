@@ -34,7 +34,10 @@ class Widths:
         self.inputs: dict[str, tuple[int, ...]] = {}
         sources = sources_of(network)
         for layer in network.layers:
-            given = tuple(self.output[source] for source in sources[layer.name]) or (4,)  # the images are fp32
+            # The images are fp32; a tensor like another one is taken for one like that which was made before.
+            like = layer.op.endswith("_like") or layer.op.startswith("new_")
+            alone = next(reversed(self.output.values()), 4) if like else 4
+            given = tuple(self.output[source] for source in sources[layer.name]) or (alone,)
             self.inputs[layer.name] = given
             # What writes a part of a tensor leaves it as wide as it is.
             self.output[layer.name] = self._output(layer, given[0] if layer.op in WRITING else max(given))

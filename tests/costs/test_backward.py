@@ -231,6 +231,13 @@ CASES: dict[str, Case] = {
     "parts without a size": Case(lambda x: _gated(*x.exp().tensor_split(2, 1))),
     "parts up to places": Case(lambda x: _gated(*torch.tensor_split(x.exp(), (2,), dim=1))),
     "parts of a loop": Case(lambda x: torch.cat([y.exp() for y in x.exp().tensor_split(3, 1)], 1)),
+    "parts joined as they are": Case(lambda x: torch.cat(x.exp().tensor_split(2, 1), 1)),
+    "parts up to places stacked as they are": Case(lambda x: torch.stack(x.exp().tensor_split((2,), dim=1), 1)),
+    "one half": Case(lambda x: x.exp().chunk(2, 1)[0].exp()),
+    "the larger part": Case(lambda x: x.split([1, 3], 1)[1].exp()),
+    "a gate beside what nobody reads": Case(lambda x: (lambda p: _gated(p[0], p[2]))(x.exp().split([1, 2, 1], 1))),
+    # Zeros are one number, which is expanded.
+    "three of four channels": Case(lambda x: (lambda p: p[0] * p[1] * p[3])(x.exp().unbind(1)), more=-8),
     "halves of the rows": Case(lambda x: _gated(*torch.hsplit(x.exp(), 2))),
     "halves of the columns": Case(lambda x: _gated(*x.exp().dsplit(2))),
     "one part of three": Case(lambda x: x.tensor_split(3, 1)[1].exp()),
