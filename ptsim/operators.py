@@ -45,7 +45,7 @@ _OPS: dict[LayerKind, str] = {
         contiguous clone chunk split tensor_split unbind unsqueeze squeeze expand expand_as repeat tile
         repeat_interleave roll rot90 flip gather scatter scatter_add index_select index_copy index_add take narrow
         select slice getitem pad pixel_shuffle pixel_unshuffle channel_shuffle fold unfold detach broadcast_to
-        rearrange setitem fill_part index_put constant_pad1d constant_pad2d zero_pad1d zero_pad2d
+        rearrange setitem fill_part update_part index_put constant_pad1d constant_pad2d zero_pad1d zero_pad2d
         reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d circular_pad1d circular_pad2d new_zeros
         zeros_like getattr get_relative_position_bias patch_merging_pad""",
 }

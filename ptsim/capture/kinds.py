@@ -98,9 +98,16 @@ def _padding_op(step: Step) -> str:
 
 
 def _writing(node: fx.Node, step: Step) -> str:
-    """What writes a part of a tensor: a number, or another tensor's elements one by one or at positions of its own."""
+    """What writes a part of a tensor: a number, or another tensor's elements one by one or at positions of its own.
+
+    `x[i] += y` adds in place, and writes what it gets where it is already.
+    """
     if node.target is operator.setitem and _chooses(step.arguments[1]):
         return "index_put"
+    value = node.args[-1]
+    part = value.args[0] if isinstance(value, fx.Node) and "augments" in value.meta else None
+    if isinstance(part, fx.Node) and part.target is operator.getitem and part.args == node.args[:2]:
+        return "update_part"
     return "setitem" if isinstance(step.arguments[-1], torch.Size) and len(step.arguments) > 1 else "fill_part"
 
 

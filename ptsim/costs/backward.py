@@ -117,7 +117,7 @@ _NEED_FIRST = frozenset({"mul", "div"})  # … for the gradient of their second 
 _JOINED = frozenset({"chunk", "split", "split_with_sizes", "unbind", "tensor_split"})
 # Backward writes zeros, and the part's gradient there: of an index once for each axis of which it takes a part.
 _PARTS = frozenset({"getitem", "narrow", "select", "slice", "diagonal"})
-WRITING = frozenset({"setitem", "fill_part", "index_put"})  # of a tensor and, last, of a part of it
+WRITING = frozenset({"setitem", "fill_part", "update_part", "index_put"})  # of a tensor and, last, of a part of it
 _MADE = frozenset({"zeros_like", "new_zeros"})  # of no other tensor's elements
 _REPEATING = frozenset({"repeat", "tile", "repeat_interleave"})  # backward sums up
 _FILLED = frozenset(
@@ -294,7 +294,10 @@ def _passes_of_writing(layer: Layer, batch: int, width: int) -> tuple[Moved, Mov
         return forward, Moved(given * (2 * whole + 3 * part) + put * 2 * part, 3 * given + put)
     if part >= whole:
         return forward, Moved(whole, 1) if given else NOTHING
-    return forward, Moved(2 * whole + (2 + 3 * given) * part, 2 + 2 * given)
+    backward = Moved(2 * whole + (2 + 3 * given) * part, 2 + 2 * given)
+    if layer.op == "update_part":  # that of what was done in place before is copied, taken out and put back as well
+        backward = Moved(backward.num_bytes + 2 * whole + (2 + 2 * given) * part, backward.kernels + 2 + given)
+    return forward, backward
 
 
 def joins_gradients(layer: Layer) -> bool:

@@ -279,6 +279,20 @@ def _with_pair_zeroed(x: Tensor) -> Tensor:
     return out
 
 
+def _with_a_sum(x: Tensor, pair: Tensor) -> Tensor:
+    out = x * 3
+    out[:, :2] += pair
+    return out
+
+
+def _with_a_sum_made_before(x: Tensor, pair: Tensor) -> Tensor:
+    out = x * 3
+    pair = pair * 2
+    pair += 1
+    out[:, :2] = pair
+    return out
+
+
 def _with_places(x: Tensor, pair: Tensor) -> Tensor:
     out = x * 3
     out[:, INDEX[:2]] = pair
@@ -314,6 +328,8 @@ MOVING: dict[str, Case] = {
     "part written with a number": Case(lambda x: _with_pair(x, 0.0)),
     "part copied": Case(_with_pair_copied, (FULL, PAIR)),
     "part zeroed": Case(_with_pair_zeroed),
+    "part added to": Case(_with_a_sum, (FULL, PAIR)),
+    "a sum written": Case(_with_a_sum_made_before, (FULL, PAIR)),
     "places written": Case(_with_places, (FULL, PAIR), positions=(16, 32)),
     "channel written": Case(_with_a_channel, (FULL, PAIR)),
     "all written": Case(_with_all, (FULL, FULL)),
