@@ -184,7 +184,7 @@ class _Watcher(fx.Interpreter):
             step.inplace = versions != [t._version for t in handed] or "overwrites" in n.meta
             step.works = bool(given) and (step.inplace or not all(any(t is h for h in handed) for t in given))
             step.view = not step.inplace and all(t.untyped_storage()._cdata in storages for t in given)
-            if step.view and len(given) > 1 and (used := parts_used(n)) is not None:
+            if step.view and handed and len(given) > 1 and (used := parts_used(n)) is not None:
                 step.outputs = _read_parts(step.outputs, used, step.inputs[0])
             if (split := sliced_by(n)) is not None:
                 whole = self.steps[split.name]
