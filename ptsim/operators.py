@@ -9,6 +9,7 @@ from ptsim.network import Layer, LayerKind
 
 # What pruning leaves where it removed a layer, and at the end of a residual branch that it removed.
 PLACEHOLDER, BRANCH_CONSTANT = "placeholder", "branch_constant"
+SCALED_SUMS = frozenset({"scaled_add", "scaled_sub"})  # `torch.add(x, y, alpha=2)`: no spelling of theirs is torch's
 SUMS, DIFFERENCES = frozenset({"add"}), frozenset({"sub", "rsub"})  # by their plain names
 BILINEAR = "bilinear"  # y[o] = Σ x[i]·w[o, i, j]·z[j]: of the linear kind, a weight for each pair of features
 # What channel gating (`prune.gating`) makes of a layer X and of a BatchNorm X, and what it puts beside them.
@@ -31,7 +32,8 @@ _OPS: dict[LayerKind, str] = {
         grid_sample""",
     LayerKind.ELEMENTWISE: """
         add sub rsub mul div rdiv truediv true_divide floordiv neg pos pow square sqrt rsqrt exp log log1p abs maximum
-        minimum where lerp addcmul addcdiv reciprocal sin cos masked_fill type to float half bfloat16 double type_as""",
+        minimum where lerp scaled_add scaled_sub twofold addcmul addcdiv reciprocal sin cos
+        masked_fill type to float half bfloat16 double type_as""",
     LayerKind.CONCAT: "cat concat concatenate stack hstack vstack dstack",
     LayerKind.DROPOUT: """
         dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout stochastic_depth
@@ -43,7 +45,8 @@ _OPS: dict[LayerKind, str] = {
         contiguous clone chunk split tensor_split unbind unsqueeze squeeze expand expand_as repeat tile
         repeat_interleave roll rot90 flip gather scatter scatter_add index_select index_copy index_add take narrow
         select slice getitem pad pixel_shuffle pixel_unshuffle channel_shuffle fold unfold detach broadcast_to
-        rearrange constant_pad1d constant_pad2d zero_pad2d reflection_pad2d replication_pad2d circular_pad2d new_zeros
+        rearrange setitem fill_part update_part index_put constant_pad1d constant_pad2d zero_pad1d zero_pad2d
+        reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d circular_pad1d circular_pad2d new_zeros
         zeros_like getattr get_relative_position_bias patch_merging_pad""",
 }
 KIND_OF_OP = {op: kind for kind, ops in _OPS.items() for op in ops.split()}
@@ -144,10 +147,12 @@ def registered_by(function: object) -> str | None:
 def hands_on(op: str, operand: int) -> bool:
     """Whether a sum's or a difference's operand gets the gradient of the result itself: a subtrahend gets its negative.
 
+    A scaled one gets its multiple.
+
     Beside a number or a parameter the other operand counts as the first: `1 - x` is `rsub`, `x - 1` is `sub`.
     Source: torch's tools/autograd/derivatives.yaml, `add`, `sub` and `rsub`.
     """
-    return op in SUMS or (op in DIFFERENCES and operand == (1 if op == "rsub" else 0))
+    return op in SUMS or (op in DIFFERENCES | SCALED_SUMS and operand == (1 if op == "rsub" else 0))
 
 
 def is_transposed(op: str) -> bool:

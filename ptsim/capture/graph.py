@@ -106,6 +106,7 @@ def symbolic_graph(
                 unsure = tracer.asked and len(ways) > 1
                 if unsure and images_shape is not None and not does_the_same(model, graph, images_shape, start):
                     raise fx.proxy.TraceError(_ASKS)
+                _name_parts(graph)
                 # Tensors that the code made are attributes of the model until here.
                 module = fx.GraphModule(tracer.root, graph, name)
             break
@@ -253,6 +254,67 @@ def sliced_by(node: fx.Node) -> fx.Node | None:
         return None
     given = node.args[0]
     return given if isinstance(given, fx.Node) and plain_name(_called(given)) == "tensor_split" else None
+
+
+def _name_parts(graph: fx.Graph) -> None:
+    """Give the parts of a `tensor_split` that go into a concatenation as they are a node each (see `sliced_by`)."""
+    for node in graph.nodes:
+        joining = [user for user in node.users if user.args[:1] == (node,) and plain_name(_called(user)) in _JOINING]
+        if plain_name(_called(node)) != "tensor_split" or not joining:
+            continue
+        places = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()))
+        number = places if isinstance(places, int) else len(places) + 1 if isinstance(places, list | tuple) else 0
+        with graph.inserting_after(node):
+            parts = [graph.call_function(operator.getitem, (node, place)) for place in reversed(range(number))]
+        for part in parts:
+            part.meta["grad"] = node.meta["grad"]
+        for user in joining if parts else ():
+            user.args = (tuple(reversed(parts)), *user.args[1:])
+
+
+def parts_used(node: fx.Node) -> frozenset[int] | None:
+    """Which tensors are read of those that a node gives; None where they are not read one by one."""
+    reading = [user for user in node.users if user.users or user.target is not operator.getitem]
+    places = [user.args[1] if user.target is operator.getitem else None for user in reading]
+    used = frozenset(place for place in places if isinstance(place, int))
+    return used if all(isinstance(place, int) for place in places) else None
+
+
+def written_by(node: fx.Node) -> fx.Node | None:
+    """The tensor of which a statement writes a part: x of `x[i] = y` and of `x[i].copy_(y)`; None of any other node."""
+    given = node.args[0] if node.args else None
+    if not isinstance(given, fx.Node):
+        return None
+    if node.target is operator.setitem:
+        return given
+    whole = given.args[0] if _called(node) in _WRITING and only_written(given) else None
+    return whole if isinstance(whole, fx.Node) else None
+
+
+def only_written(node: fx.Node) -> bool:
+    """Whether a part of a tensor is named to be written and is never read: `x[:, 1:]` of `x[:, 1:].zero_()`."""
+    whole = node.args[0] if node.args else None
+    if _called(node) not in _NAMES_A_PART or not isinstance(whole, fx.Node) or plain_name(_called(whole)) in _IN_PARTS:
+        return False
+    return bool(node.users) and all(
+        _called(user) in _WRITING and user.args[0] is node and not user.users for user in node.users
+    )
+
+
+def shape_written(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[int, ...]:
+    """The shape of what a statement writes (see `written_by`); where a mask chooses, that of the whole tensor."""
+    target = values[node.args[0]]  # type: ignore[index] # a node
+    if node.target is not operator.setitem:
+        return tuple(target.shape)
+    index: Any = fx.map_arg(node.args[1], values.__getitem__)
+    masked = any(i.dtype is torch.bool for i in output_tensors(index))
+    return tuple(target.shape if masked else target.detach()[index].shape)
+
+
+_JOINING = ("cat", "stack")
+_WRITING = ("copy_", "fill_", "zero_")
+_NAMES_A_PART = ("getitem", "narrow", "select")
+_IN_PARTS = ("chunk", "split", "unbind", "tensor_split")  # give several tensors
 
 
 def reads_none(node: fx.Node) -> bool:

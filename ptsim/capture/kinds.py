@@ -6,6 +6,7 @@ same. A leaf module of its own kind says so with the attributes `ptsim_kind` and
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ptsim.capture.graph import written_by
 from ptsim.capture.rehearsal import Shape, Step
 from ptsim.network import LayerKind
 from ptsim.operators import BILINEAR, KIND_OF_OP, TORCH_LIBRARIES, is_transposed, plain_name, registered_by, usual_name
@@ -35,7 +37,12 @@ _TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output
 _DEFORMED = "deform_conv2d"  # of torchvision, as it is registered: stride, padding and dilation number by number
 _WINDOWS = re.compile(r"(avg|max|lp)_(un)?pool\dd")  # pools that are given the size of a window
 _TURNED = {"sub": "rsub", "div": "rdiv"}  # where a tensor is taken from, or divides, a number or a parameter
+_OF_ITSELF = {"mul": "square", "add": "twofold"}  # where both operands are one tensor
+_SCALED = {"add": "scaled_add", "sub": "scaled_sub"}  # where the second operand is multiplied by a number
+_JOINING = ("cat", "stack", "hstack", "vstack", "dstack")
 _OF_TWO = {"max": "maximum", "min": "minimum"}  # tensors
+
+_PADDED = {"reflect": "reflection", "replicate": "replication", "circular": "circular"}
 
 
 def kind_and_op(node: fx.Node, graph: fx.GraphModule, step: Step, counted: Iterable[str] = ()) -> tuple[LayerKind, str]:
@@ -61,14 +68,53 @@ def kind_and_op(node: fx.Node, graph: fx.GraphModule, step: Step, counted: Itera
 
 def _as_torch_calls_it(node: fx.Node, step: Step, op: str) -> str:
     """Python writes `1 - x` as it does `x - 1`, `x * x` is a square, and torch.max takes an axis or another tensor."""
-    if op == "mul" and takes_one_twice(node):
-        return "square"
+    if written_by(node) is not None:
+        return _writing(node, step)
+    if op in _OF_ITSELF and takes_one_twice(node):
+        return _OF_ITSELF[op]
+    if op in _SCALED and len(step.inputs) == 2 and step.keywords.get("alpha", 1) != 1:
+        return _SCALED[op]
+    if op in _JOINING and len(step.inputs) == 1 and takes_one_alone(node):
+        return "repeat"
     if op in _TURNED and len(step.inputs) == 1 and not _is_handed(node, step, 0):
         return _TURNED[op]
+    if op == "pad":
+        return _padding_op(step)
     given = (*step.arguments[1:2], step.keywords.get("other"))
     if op in _OF_TWO and any(isinstance(argument, torch.Size) for argument in given):
         return _OF_TWO[op]
     return op
+
+
+def _padding_op(step: Step) -> str:
+    """`F.pad` with a mode is called as the layer that does the same: "reflection_pad2d"."""
+    around, mode = (
+        step.keywords.get(name, step.arguments[place] if place < len(step.arguments) else None)
+        for place, name in enumerate(("pad", "mode"), start=1)
+    )
+    if mode not in _PADDED or around is None:
+        return "pad"
+    return f"{_PADDED[mode]}_pad{len(around) // 2}d"
+
+
+def _writing(node: fx.Node, step: Step) -> str:
+    """What writes a part of a tensor: a number, or another tensor's elements one by one or at positions of its own.
+
+    `x[i] += y` adds in place, and writes what it gets where it is already.
+    """
+    if node.target is operator.setitem and _chooses(step.arguments[1]):
+        return "index_put"
+    value = node.args[-1]
+    part = value.args[0] if isinstance(value, fx.Node) and "augments" in value.meta else None
+    if isinstance(part, fx.Node) and part.target is operator.getitem and part.args == node.args[:2]:
+        return "update_part"
+    return "setitem" if isinstance(step.arguments[-1], torch.Size) and len(step.arguments) > 1 else "fill_part"
+
+
+def _chooses(index: Any) -> bool:
+    """Whether an index has positions or a mask (a `torch.Size` in place of each), rather than numbers and slices."""
+    parts = index if type(index) is tuple else (index,)
+    return any(isinstance(part, torch.Size | list) for part in parts)
 
 
 def _is_handed(node: fx.Node, step: Step, place: int) -> bool:
@@ -84,6 +130,12 @@ def takes_one_twice(node: fx.Node) -> bool:
     given: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), given.append)
     return len(set(given)) < len(given)
+
+
+def takes_one_alone(node: fx.Node) -> bool:
+    """Whether a list of the same value, several times, is all that it is called with: `torch.cat([x, x])`."""
+    given = node.args[0] if node.args else node.kwargs.get("tensors")
+    return isinstance(given, list | tuple) and len(given) > 1 and all(part is given[0] for part in given)
 
 
 def foreign_operator(node: fx.Node) -> str | None:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ptsim.capture.chance import chance_of, random_state_kept
 from ptsim.capture.counts import forward_macs
 from ptsim.capture.footprint import footprints
-from ptsim.capture.graph import evaluation_mode, note_tracer, reads_none, symbolic_graph
+from ptsim.capture.graph import evaluation_mode, note_tracer, reads_none, symbolic_graph, written_by
 from ptsim.capture.kinds import (
     counts_products,
     foreign_operator,
@@ -54,7 +54,13 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
     with random_state_kept(model, []):  # each look at the network begins with the same random numbers
         small = rehearse(model, input_shape, _BATCHES[0])
         if small.graph.meta["draws"] or small.graph.meta["changes"] or chance_of(model).untold:
-            take_fullest_way(model, (_BATCHES[0], *input_shape))
+            ways = take_fullest_way(model, (_BATCHES[0], *input_shape))
+            if ways > 1:
+                warnings.warn(
+                    f"random numbers decide what {type(model).__name__} computes in a training step: of the {ways} "
+                    "ways that were met, the one with the most operations is described",
+                    stacklevel=3,
+                )
             small = rehearse(model, input_shape, _BATCHES[0])
         return _described(model, small, name=name, input_shape=input_shape, num_classes=num_classes)
 
@@ -339,6 +345,8 @@ def _edges(nodes: list[fx.Node], names: Mapping[fx.Node, str], steps: Mapping[st
             sources[node] = tuple(found) if step is None or step.outputs or step.inplace else ()
         if step is not None and step.inplace and not node.users and isinstance(node.args[0], fx.Node):
             sources[node.args[0]] = sources[node]
+        if (base := written_by(node)) is not None:
+            sources[base] = sources[node]
 
 
 def _auxiliary(model: nn.Module, graph: fx.GraphModule, input_shape: tuple[int, int, int]) -> set[fx.Node]:

@@ -21,7 +21,17 @@ from torch.utils.flop_counter import flop_registry
 
 from ptsim.capture.chance import random_state_kept
 from ptsim.capture.copies import copied, dtype_of, hollow_copy
-from ptsim.capture.graph import naming_the_image, output_tensors, reads_none, sliced_by, symbolic_graph
+from ptsim.capture.graph import (
+    naming_the_image,
+    only_written,
+    output_tensors,
+    parts_used,
+    reads_none,
+    shape_written,
+    sliced_by,
+    symbolic_graph,
+    written_by,
+)
 from ptsim.capture.hollow import NoArithmetic
 from ptsim.capture.kept import KeptStorages
 from ptsim.capture.looking import let_hooks_look
@@ -36,15 +46,17 @@ class Step:
 
     Attributes:
         arguments, keywords: of the call, with a `torch.Size` in place of every tensor.
-        inputs: shapes of the tensors that other nodes handed over; parameters and buffers are not among them.
-        outputs: shapes of what it returned; empty for a node that returns no tensor.
+        inputs: shapes of the tensors that other nodes handed over; parameters and buffers are not among them. Of what
+            writes a part of a tensor, those of the tensor and of the part.
+        outputs: shapes of what it returned; empty for a node that returns no tensor. Of parts of which some are never
+            read, that of those that are, together.
         needs_gradient: of each input.
         gives_gradient: what it returned has one, to hand back to these.
         weights_need_gradient: of the module's parameters, or of those that the call takes; None where there are none.
         matrices_need_gradient: of those with more than one axis.
         idle: some of these are trained, and no gradient comes to any: what it returns is used for nothing, perhaps.
-        works: False for a node that hands an input on, such as Identity or a tuple's item; a part of a `tensor_split`
-            works in the place of it all.
+        works: False for a node that hands an input on, such as Identity or a tuple's item, and for a part that is only
+            written; a part of a `tensor_split` works in the place of it all.
         saved_elements, saved_bytes: floating-point elements, their bytes, that autograd newly keeps.
         saved_other_bytes: bytes of other kinds.
         output_saved: some node keeps what this one returned.
@@ -119,6 +131,17 @@ def rehearse(
     return Rehearsal(twin, graph, watcher.steps, ready, idle)
 
 
+def _read_parts(parts: tuple[Shape, ...], used: frozenset[int], whole: Shape) -> tuple[Shape, ...]:
+    """The shapes of all parts, or that of those that are used beside each other."""
+    read = [parts[place] for place in sorted({place % len(parts) for place in used})]
+    if not 0 < len(read) < len(parts):
+        return parts
+    if len(read[0]) < len(whole):  # of `unbind`
+        return ((len(read), *read[0]),)
+    axis = next((i for i, sizes in enumerate(zip(parts[0], whole, strict=True)) if sizes[0] != sizes[1]), 0)
+    return ((*whole[:axis], sum(part[axis] for part in read), *whole[axis + 1 :]),)
+
+
 # In which step a storage was first kept, its bytes, and those of one element if that is floating-point, else 0.
 _Kept = tuple[Step | None, int, int]
 
@@ -146,6 +169,7 @@ class _Watcher(fx.Interpreter):
             step.weights_need_gradient = bool(self._trained[n.name])
             step.matrices_need_gradient = any(p.dim() > 1 for p in self._trained[n.name])
         versions = [t._version for t in handed]
+        learnt = {at: any(t.requires_grad for t in output_tensors(self.env[at])) for at in n.all_input_nodes}
         own = (self.env[at] for at in n.all_input_nodes if at.op == "get_attr")
         storages = {t.untyped_storage()._cdata for t in (*handed, *output_tensors(tuple(own)))}
         self._current = step
@@ -160,14 +184,26 @@ class _Watcher(fx.Interpreter):
             step.inplace = versions != [t._version for t in handed] or "overwrites" in n.meta
             step.works = bool(given) and (step.inplace or not all(any(t is h for h in handed) for t in given))
             step.view = not step.inplace and all(t.untyped_storage()._cdata in storages for t in given)
+            if step.view and handed and len(given) > 1 and (used := parts_used(n)) is not None:
+                step.outputs = _read_parts(step.outputs, used, step.inputs[0])
             if (split := sliced_by(n)) is not None:
                 whole = self.steps[split.name]
                 step.inputs, step.needs_gradient, step.works = whole.inputs[:1], whole.needs_gradient[:1], True
-            if n.users and all(sliced_by(user) is n for user in n.users):
+            if only_written(n) or (n.users and all(sliced_by(user) is n for user in n.users)):
                 step.works = False
+            if (base := written_by(n)) in self.env:
+                self._note_written(n, base, step, learnt)
             self.steps[n.name] = step
             self._returned[n.name] = [weakref.ref(t.untyped_storage()) for t in given]
         return result
+
+    def _note_written(self, n: fx.Node, base: fx.Node, step: Step, learnt: dict[fx.Node, bool]) -> None:
+        """A statement that writes a part of a tensor: it is given both, and returns the tensor."""
+        whole, value = self.env[base], n.args[-1] if len(n.args) > 1 else None
+        step.inputs = tuple(whole.shape), shape_written(n, self.env)
+        step.needs_gradient = learnt[n.all_input_nodes[0]], isinstance(value, fx.Node) and learnt[value]
+        step.outputs, step.gives_gradient = (tuple(whole.shape),), whole.requires_grad
+        step.works, step.inplace, step.view = True, True, False
 
     def finish(self) -> None:
         """Once everything has run: what autograd keeps, and which outputs are among it."""

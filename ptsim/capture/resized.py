@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptsim.capture.copies import dtype_of
-from ptsim.capture.graph import called_modules, evaluation_mode, reads_none, sliced_by, traced_into
+from ptsim.capture.graph import (
+    called_modules,
+    evaluation_mode,
+    reads_none,
+    shape_written,
+    sliced_by,
+    traced_into,
+    written_by,
+)
 from ptsim.capture.network import capture_network, layer_names
 from ptsim.capture.tracers import kept_shape, plain_arguments
 from ptsim.capture.ways import fullest_graph
@@ -190,6 +198,9 @@ class _Watcher(fx.Interpreter):
             if (split := sliced_by(n)) is not None:
                 self.inputs[n] = self.inputs[split]
             self.results[n] = tuple(result.shape) if isinstance(result, Tensor) else None
+            if (base := written_by(n)) in self.env:
+                self.results[n] = whole = tuple(self.env[base].shape)
+                self.inputs[n] = whole, shape_written(n, self.env)
         return result
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:

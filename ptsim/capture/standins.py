@@ -40,15 +40,17 @@ _COPYING = frozenset({"imul", "itruediv", "ipow"})  # where a gradient needs wha
 def _in_place(name: str) -> Any:
     """`weight -= …` on the memory of a parameter or buffer; of an activation torch.fx makes a new tensor, as ever.
 
-    `node.meta["overwrites"]` tells of a product, a quotient or a power that it does not.
+    `node.meta["augments"]` tells that it does not, and `node.meta["overwrites"]` of a product, a quotient or a power.
     """
 
     def method(self: _Noted, other: Any) -> Any:
         if is_the_models(self.node):
             return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
-        made = getattr(operator, name[1:])(self, other) if name in _COPYING else NotImplemented
+        made = getattr(operator, name[1:])(self, other)
         if isinstance(made, fx.Proxy):
-            made.node.meta["overwrites"] = True
+            made.node.meta["augments"] = True
+            if name in _COPYING:
+                made.node.meta["overwrites"] = True
         return made
 
     return method

@@ -7,7 +7,6 @@ taken while it traces, so such code is traced again and again, each time with ot
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -181,10 +180,10 @@ def way_of(graph: fx.GraphModule) -> str:
     return _FLOATS.sub("", "\n".join(steps))
 
 
-def take_fullest_way(model: nn.Module, images_shape: tuple[int, ...]) -> None:
+def take_fullest_way(model: nn.Module, images_shape: tuple[int, ...]) -> int:
     """Seed the generators of the CPU so that training goes the way with the most calls: nothing is skipped, perhaps.
 
-    A warning says so where several ways were met. The model is left as it was, but for generators of its own.
+    Gives how many ways were met. The model is left as it was, but for generators of its own.
 
     Raises:
         UnsupportedModelError: see `each_way`.
@@ -198,13 +197,8 @@ def take_fullest_way(model: nn.Module, images_shape: tuple[int, ...]) -> None:
     with evaluation_mode(model):  # restores every module's own mode afterwards
         model.train()
         each_way(model, images_shape, tell)
-    if len(found) > 1:
-        warnings.warn(
-            f"random numbers decide what {type(model).__name__} computes in a training step: of the {len(found)} ways "
-            "that were met, the one with the most operations is described",
-            stacklevel=4,
-        )
     seed_all(-max(found)[1], chance_of(model).generators)
+    return len(found)
 
 
 def fullest_graph(model: nn.Module, images_shape: tuple[int, ...]) -> fx.GraphModule:

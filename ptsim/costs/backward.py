@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from ptsim.network import Layer, Shape
@@ -31,6 +31,12 @@ class Gradient(NamedTuple):
     first: int = 0  # as large as the first operand
     second: int = 0  # as large as the second one
     masks: int = 0  # of booleans, as large as the result or, where it is an operand, as the mask
+    third: int = 0  # as large as the third operand
+
+    @property
+    def by_operand(self) -> tuple[int, int, int]:
+        """Tensors as large as each of them."""
+        return self.first, self.second, self.third
 
 
 POSITION_BYTES = 8  # of an index
@@ -48,6 +54,7 @@ _OF_ONE: dict[str, Gradient] = {
     "rsub": _NEGATIVE,
     "neg": _NEGATIVE,
     "mul": _SCALED,
+    "twofold": _SCALED,
     "div": _SCALED,
     "rdiv": Gradient(9, 4),  # of `1 / x`: the product's and the reciprocal's
     "where": _MASKED,
@@ -64,10 +71,17 @@ _OF_ONE: dict[str, Gradient] = {
     "sin": Gradient(5, 2),
     "cos": Gradient(7, 3),
 }
+# Of an operator with three tensors.
+_OF_THREE: dict[str, tuple[Gradient, Gradient, Gradient]] = {
+    "addcmul": (_HANDED_ON, Gradient(2, 2, third=3), Gradient(2, 2, second=3)),
+    "addcdiv": (_HANDED_ON, Gradient(2, 3, third=5), Gradient(6, 5, second=3, third=3)),
+}
 # Of an operator with two tensors; the condition of `where` and the mask of `masked_fill` are none of them.
 _OF_TWO: dict[str, tuple[Gradient, Gradient]] = {
     "add": (_HANDED_ON, _HANDED_ON),
     "sub": (_HANDED_ON, _NEGATIVE),
+    "scaled_add": (_HANDED_ON, _SCALED),
+    "scaled_sub": (_HANDED_ON, Gradient(4, 2)),
     "rsub": (_NEGATIVE, _HANDED_ON),
     "mul": (Gradient(2, second=1), Gradient(2, first=1)),
     "div": (Gradient(2, second=1), _DIVISOR),
@@ -103,6 +117,15 @@ _NEED_FIRST = frozenset({"mul", "div"})  # … for the gradient of their second 
 _JOINED = frozenset({"chunk", "split", "split_with_sizes", "unbind", "tensor_split"})
 # Backward writes zeros, and the part's gradient there: of an index once for each axis of which it takes a part.
 _PARTS = frozenset({"getitem", "narrow", "select", "slice", "diagonal"})
+WRITING = frozenset({"setitem", "fill_part", "update_part", "index_put"})  # of a tensor and, last, of a part of it
+_MADE = frozenset({"zeros_like", "new_zeros"})  # of no other tensor's elements
+_REPEATING = frozenset({"repeat", "tile", "repeat_interleave"})  # backward sums up
+_FILLED = frozenset(
+    {"pad", "constant_pad1d", "constant_pad2d", "zero_pad1d", "zero_pad2d"}
+)  # aten/src/ATen/native/PadNd.cpp
+_MIRRORED = frozenset({"reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d"})
+# Elements by positions: backward writes zeros, to which the gradients are added, since a position may come twice.
+_CHOSEN = frozenset({"getitem", "index_select", "gather", "take"})
 _SPREAD = frozenset({"expand", "expand_as", "broadcast_to"})  # backward sums up
 
 
@@ -113,6 +136,9 @@ class Moved(NamedTuple):
     kernels: int
 
 
+NOTHING = Moved(0, 0)
+
+
 def made_first(layer: Layer, batch: int, given: int, width: int) -> Moved:
     """Forward, before the operator's own kernel: a copy of what it overwrites, or the reciprocal of `1 / x`."""
     if layer.op == "rdiv" and not layer.num_parameters:
@@ -121,10 +147,12 @@ def made_first(layer: Layer, batch: int, given: int, width: int) -> Moved:
         sizes, learns = _operands(layer, batch)
         if any(learns) if layer.op in _NEED_INPUT else layer.op in _NEED_FIRST and any(learns[1:]):
             return Moved(2 * sizes[0] * given, 1)
-    return Moved(0, 0)
+    return NOTHING
 
 
-def gradient_of_elementwise(layer: Layer, batch: int, given: int, width: int) -> Moved:
+def gradient_of_elementwise(
+    layer: Layer, batch: int, given: int, width: int, truths: Collection[int] = frozenset()
+) -> Moved:
     """Backward of an operator that works element by element.
 
     Args:
@@ -132,21 +160,23 @@ def gradient_of_elementwise(layer: Layer, batch: int, given: int, width: int) ->
         batch: images, or 1 for a layer that runs once a mini-batch.
         given: bytes per element of the operands.
         width: of the result.
+        truths: positions of operands of booleans, which take a byte each.
     """
     result = of_mask = layer.output_elements * batch
     sizes, learns = _operands(layer, batch)
+    bytes_ = [size * (1 if index in truths else given) for index, size in enumerate(sizes)]
     if (mask := _CONDITIONED.get(layer.op, len(sizes))) < len(sizes) > 1:
         of_mask = sizes.pop(mask)
-        del learns[mask]
+        del learns[mask], bytes_[mask]
     formulas = _formulas(layer.op, len(sizes))
     if formulas is None:  # reads the gradient and the operands, writes the operands' gradients
         operands = 1 if layer.op in _CASTS else 2
-        return Moved(operands * sum(sizes) * given + result * width, 1)
+        return Moved(operands * sum(bytes_) + result * width, 1)
     moved, kernels = 0.0, 0
     for formula, size, learnt in zip(formulas, sizes, learns, strict=True):
         if learnt:
-            read = formula.first * sizes[0] + formula.second * sizes[-1]
-            moved += formula.whole * result * width + read * given + formula.masks * of_mask
+            read = sum(times * size for times, size in zip(formula.by_operand, bytes_, strict=False))
+            moved += formula.whole * result * width + read + formula.masks * of_mask
             kernels += formula.kernels
             if size < result:  # it was broadcast
                 moved += result * width + size * given
@@ -167,7 +197,7 @@ def _operands(layer: Layer, batch: int) -> tuple[list[int], list[bool]]:
 def _formulas(op: str, operands: int) -> Sequence[Gradient] | None:
     if operands == 1 and op in _OF_ONE:
         return (_OF_ONE[op],)
-    return _OF_TWO.get(op) if operands == 2 else None
+    return _OF_TWO.get(op) if operands == 2 else _OF_THREE.get(op) if operands == 3 else None
 
 
 def passes_of_activation(layer: Layer, batch: int, given: int, width: int) -> tuple[Moved, Moved]:
@@ -186,7 +216,9 @@ def gradient_of_view(layer: Layer, batch: int, width: int) -> Moved | None:
     """Backward of an operator that hands out its input's memory; None where the gradient is handed on as well."""
     elements, *_ = *layer.input_sizes(batch), layer.num_parameters  # a second operand lends its shape alone
     whole, part = elements * width, layer.output_elements * batch * width
-    if layer.op in _JOINED:
+    if layer.op in _JOINED:  # of parts that nobody reads, zeros; of `unbind` a single one for each
+        if part < whole:
+            return Moved(whole + part, 2) if layer.op == "unbind" else Moved(3 * whole - part, 2)
         return Moved(2 * whole, 1)
     if layer.op in _PARTS and part < whole:
         left = _left_by_axis(layer, elements, layer.output_elements * batch)
@@ -218,6 +250,54 @@ def _kept(whole: Shape, part: Shape) -> tuple[int, ...] | None:
     if part and part[0] == 1 and (new_axis := _kept(whole, part[1:])) is not None:
         found.append(new_axis)
     return min(found, key=lambda kept: sum(map(operator.ne, kept, whole)), default=None)
+
+
+def passes_of_move(layer: Layer, batch: int, given: int, width: int) -> tuple[Moved, Moved]:
+    """Forward and backward of what moves elements; the gradient of a copy moves once more, as it is laid out again."""
+    if layer.op in WRITING and len(layer.input_shapes) > 1:
+        return _passes_of_writing(layer, batch, width)
+    y = layer.output_elements * batch * width
+    x = (layer.input_sizes(batch)[0] if layer.input_shapes else layer.num_parameters) * given
+    if layer.op in _MADE:
+        return Moved(y, 1), NOTHING
+    if layer.op == "clone":
+        return Moved(2 * y, 1), NOTHING
+    if layer.op in _REPEATING:
+        return Moved(x + y, 1), Moved(x + y, 1)
+    if layer.op in _FILLED and x != y:  # all of it is filled, and what is given copied into it; else a part is copied
+        filled, copied = Moved(max(x, y) + 2 * min(x, y), 2), Moved(2 * min(x, y), 1)
+        return (filled, copied) if y > x else (copied, filled)
+    if layer.op in _MIRRORED:  # zeros, to which every element's gradient is added
+        return Moved(x + y, 1), Moved(x + 3 * y, 2)
+    if layer.op in _CHOSEN:
+        return Moved(2 * y, 1), Moved(x + 3 * y, 2)
+    return Moved(2 * y, 1), Moved(2 * y, 1)
+
+
+def _passes_of_writing(layer: Layer, batch: int, width: int) -> tuple[Moved, Moved]:
+    """Forward and backward of what writes a part of a tensor (`x[i] = y`), of which the layer has both shapes.
+
+    Of a part that is named by numbers and slices torch copies the gradient, takes the part out of it and, where the
+    tensor itself has a gradient, writes zeros, which it copies into the first copy. Of the whole it writes zeros alone.
+    Where positions or a mask choose, the gradient is copied and zeros are put there; the part is gathered. What was
+    broadcast while it was written counts as large as the part.
+
+    Source: torch/csrc/autograd/functions/tensor.cpp, CopySlices and CopyBackwards; derivatives.yaml, `index_put`.
+    """
+    sizes = layer.input_sizes(batch)
+    whole, part = sizes[0] * width, sizes[-1] * width
+    given, put = (0 not in layer.fixed_inputs), (len(sizes) - 1 not in layer.fixed_inputs)
+    forward = Moved(part if layer.op == "fill_part" else 2 * part, 1)
+    if layer.op == "index_put":
+        if not layer.inplace:
+            forward = Moved(2 * whole + 2 * part, 2)
+        return forward, Moved(given * (2 * whole + 3 * part) + put * 2 * part, 3 * given + put)
+    if part >= whole:
+        return forward, Moved(whole, 1) if given else NOTHING
+    backward = Moved(2 * whole + (2 + 3 * given) * part, 2 + 2 * given)
+    if layer.op == "update_part":  # that of what was done in place before is copied, taken out and put back as well
+        backward = Moved(backward.num_bytes + 2 * whole + (2 + 2 * given) * part, backward.kernels + 2 + given)
+    return forward, backward
 
 
 def joins_gradients(layer: Layer) -> bool:

@@ -31,6 +31,7 @@ from ptsim.costs.backward import (
     joins_gradients,
     made_first,
     passes_of_activation,
+    passes_of_move,
     positions_bytes,
 )
 from ptsim.costs.widths import Widths, sources_of
@@ -167,9 +168,12 @@ def network_kernels(network: Network, setting: StepSetting, *, tensor_cores: boo
             continue
         images, given, width = layer.repeats(batch), widths.inputs[layer.name], widths.output[layer.name]
         rows.extend(_conversions(index, layer, images, given, width, precision))
+        truths = frozenset(i for i, bytes_ in enumerate(given) if bytes_ == 1) if max(given) > 1 else frozenset()
         made = layer_kernels(
-            layer, images, max(given), width, element, foreign=foreign, halves=halves, planar=planar, index=index
-        )
+            layer, images, max(given), width, element,
+            truths=truths if len(given) == len(layer.input_shapes) else frozenset(),
+            foreign=foreign, halves=halves, planar=planar, index=index,
+        )  # fmt: skip
         rows.extend(made)
         extra = gradients.get(layer.name, 1) - 1
         if extra > 0 and _learns(layer) and not joins_gradients(layer):  # gradients of the branches are added up
@@ -346,7 +350,7 @@ def _conversions(
         return
     sizes = layer.input_sizes(batch)
     if len(sizes) == len(given):
-        converted = float(sum(size for size, bytes_ in zip(sizes, given, strict=True) if bytes_ != wanted))
+        converted = float(sum(size for size, bytes_ in zip(sizes, given, strict=True) if bytes_ not in (1, wanted)))
     else:  # some input comes from no layer
         converted = sum(bytes_ != wanted for bytes_ in given) / len(given) * sum(sizes)
     if converted:
@@ -363,6 +367,7 @@ def layer_kernels(
     width: int,
     element: int,
     *,
+    truths: frozenset[int] = frozenset(),
     foreign: bool = False,
     halves: bool = False,
     planar: bool = False,
@@ -376,12 +381,15 @@ def layer_kernels(
         given: bytes per element of its inputs.
         width: of its output.
         element: of a product's operands.
+        truths: positions of inputs of booleans, which take a byte each.
         foreign: a convolution's kernel wants another memory layout than the tensors have.
         halves: products run on tensor cores in half precision.
         planar: tensors are contiguous: every channel of an image in one piece.
         index: position in the network.
     """
-    made = _kernels_of(index, layer, batch, given, width, element, foreign=foreign, halves=halves, planar=planar)
+    made = _kernels_of(
+        index, layer, batch, given, width, element, truths=truths, foreign=foreign, halves=halves, planar=planar
+    )
     for kernel in made:
         if _learns(layer) or kernel.step is Pass.FORWARD:
             yield kernel
@@ -400,6 +408,7 @@ def _kernels_of(
     width: int,
     element: int,
     *,
+    truths: frozenset[int],
     foreign: bool,
     halves: bool,
     planar: bool,
@@ -407,7 +416,7 @@ def _kernels_of(
     if layer.view:
         yield from _backward(index, gradient_of_view(layer, batch, width), layer.output_elements * batch * width, width)
         return
-    x = float(sum(layer.input_sizes(batch)) * given)
+    x = float(sum(size * (1 if i in truths else given) for i, size in enumerate(layer.input_sizes(batch))))
     y = float(layer.output_elements * batch * width)
     forward, backward = Pass.FORWARD, Pass.INPUT_GRADIENT
     match layer.kind:
@@ -449,7 +458,7 @@ def _kernels_of(
             operands = x + layer.num_parameters * given
             element_bytes = _mean_bytes((operands, given), (y, width))
             yield _stream(index, forward, operands + y + before.num_bytes, x + y, element_bytes, 1 + before.kernels)
-            yield from _backward(index, gradient_of_elementwise(layer, batch, given, width), x + y, width)
+            yield from _backward(index, gradient_of_elementwise(layer, batch, given, width, truths), x + y, width)
         case LayerKind.POOL:
             positions = positions_bytes(layer, batch)
             element_bytes = _mean_bytes((x + y, width), (positions, POSITION_BYTES))
@@ -463,8 +472,9 @@ def _kernels_of(
             yield _stream(index, forward, x + y + mask, x + y, element_bytes)
             yield _stream(index, backward, x + y + mask, x + y, element_bytes)
         case LayerKind.RESHAPE:
-            yield _stream(index, forward, 2 * y, 2 * y, width)
-            yield _stream(index, backward, 2 * y, 2 * y, width)
+            first, second = passes_of_move(layer, batch, given, width)
+            yield _stream(index, forward, first.num_bytes, 2 * y, width, first.kernels)
+            yield from _backward(index, second, 2 * y, width)
         case _:
             before = made_first(layer, batch, given, width)
             yield _stream(index, forward, x + y + before.num_bytes, x + y, width, 1 + before.kernels)

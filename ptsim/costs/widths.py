@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ptsim.costs.backward import WRITING
 from ptsim.network import PRODUCTS, Layer, LayerKind, Network, Precision
 from ptsim.operators import AUTOCAST_FP32_CPU, AUTOCAST_FP32_GPU, plain_name
 
@@ -11,6 +12,15 @@ from ptsim.operators import AUTOCAST_FP32_CPU, AUTOCAST_FP32_GPU, plain_name
 _FP32_OPS_GPU = frozenset(map(plain_name, AUTOCAST_FP32_GPU))
 _FP32_OPS_CPU = frozenset(map(plain_name, AUTOCAST_FP32_CPU))
 _SWIN_OP, _SWIN_HEAD_CHANNELS = "shifted_window_attention", 32  # in all of torchvision's Swin transformers
+# Operators that give booleans, which take a byte each; those that give them where they are given booleans.
+TRUTHS = frozenset({
+    *("gt", "lt", "ge", "le", "eq", "ne", "greater", "less", "greater_equal", "less_equal", "not_equal", "isclose"),
+    *("logical_and", "logical_or", "logical_xor", "logical_not", "isnan", "isinf", "isfinite", "bool", "signbit"),
+})  # fmt: skip
+_OF_TRUTHS = frozenset(
+    {"and", "or", "xor", "invert", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "any", "all"}
+)
+_MOVING = (LayerKind.RESHAPE, LayerKind.CONCAT)
 
 
 class Widths:
@@ -24,9 +34,13 @@ class Widths:
         self.inputs: dict[str, tuple[int, ...]] = {}
         sources = sources_of(network)
         for layer in network.layers:
-            given = tuple(self.output[source] for source in sources[layer.name]) or (4,)  # the images are fp32
+            # The images are fp32; a tensor like another one is taken for one like that which was made before.
+            like = layer.op.endswith("_like") or layer.op.startswith("new_")
+            alone = next(reversed(self.output.values()), 4) if like else 4
+            given = tuple(self.output[source] for source in sources[layer.name]) or (alone,)
             self.inputs[layer.name] = given
-            self.output[layer.name] = self._output(layer, max(given))
+            # What writes a part of a tensor leaves it as wide as it is.
+            self.output[layer.name] = self._output(layer, given[0] if layer.op in WRITING else max(given))
 
     def saved(self, layer: Layer, batch: int) -> int:
         """Bytes that autograd newly keeps at this layer for the whole mini-batch, weight copies left out.
@@ -56,6 +70,10 @@ class Widths:
         return 2 * layer.num_parameters if self._half and layer.kind in PRODUCTS else 0
 
     def _output(self, layer: Layer, given: int) -> int:
+        if layer.op in TRUTHS or (given == 1 and (layer.op in _OF_TRUTHS or layer.kind in _MOVING)):
+            return 1
+        if given == 1:  # numbers made of booleans
+            return 4
         if not self._half:
             return 4
         if layer.kind in PRODUCTS:

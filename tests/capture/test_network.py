@@ -444,9 +444,39 @@ class Stated(nn.Module):
 def test_what_a_statement_writes_into_a_tensor_comes_from_there_on_from_it() -> None:
     network = capture_network(Stated(), name="s", input_shape=(3, 8, 8), num_classes=2)
     assert set(network.edges) == {
-        ("conv", "add_"), ("add_", "relu"), ("other", "getitem"), ("getitem", "relu"), ("relu", "mean"),
-        ("mean", "head"),
+        ("conv", "add_"), ("add_", "setitem"), ("other", "getitem"), ("getitem", "setitem"), ("setitem", "relu"),
+        ("relu", "mean"), ("mean", "head"),
     }  # fmt: skip
+
+
+class Cleared(nn.Module):
+    """Writes parts of what a convolution gave: of one it names the part, another one it copies, a mask chooses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        y[:, :, 5:] = 0.0
+        y[:, 1:, :3].copy_(y[:, :1, 3:6].detach())
+        y[y > 1] = 1.0
+        logits: torch.Tensor = self.head(y.mean((2, 3)))
+        return logits
+
+
+def test_what_writes_a_part_of_a_tensor_is_a_layer_with_the_shapes_of_both() -> None:
+    network = capture_network(Cleared(), name="c", input_shape=(3, 8, 8), num_classes=2)
+    written = {layer.name: layer for layer in network.layers if len(layer.input_shapes) > 1}
+    assert {name: (layer.op, layer.input_shapes, layer.fixed_inputs) for name, layer in written.items()} == {
+        "setitem": ("fill_part", ((4, 8, 8), (4, 3, 8)), (1,)),
+        "copy_": ("setitem", ((4, 8, 8), (3, 3, 8)), (1,)),
+        "setitem_1": ("index_put", ((4, 8, 8), (4, 8, 8)), (1,)),
+    }
+    assert all(layer.output_shape == (4, 8, 8) and layer.inplace for layer in written.values())
+    assert {("conv", "setitem"), ("setitem", "copy_"), ("copy_", "setitem_1"), ("setitem_1", "mean")} <= {
+        *network.edges
+    }
 
 
 class Branching(nn.Module):

@@ -156,6 +156,13 @@ class _Noisy(nn.Module):
         return self.last(torch.relu(self.second(x + self.make(x))).mean((2, 3)))
 
 
+def _moved_along(x: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    out[..., 1:] = x[..., :-1]
+    out[..., :1].zero_()
+    return out
+
+
 _MADE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "normal": lambda x: torch.normal(0.0, 1.0, x.shape),
     "normal by keyword": lambda x: torch.normal(mean=0.0, std=0.1, size=x.size()),
@@ -165,6 +172,7 @@ _MADE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "exponential": lambda x: torch.empty(x.shape).exponential_(),
     "of NumPy": lambda x: torch.from_numpy(np.random.randn(*x.shape).astype("float32")),
     "a distribution": lambda x: torch.distributions.Normal(0.0, 1.0).sample(x.shape),
+    "parts of it": _moved_along,
     "places": lambda x: torch.linspace(-1, 1, x.shape[3])[None, None, None],
 }
 
@@ -189,6 +197,18 @@ def test_code_may_make_tensors_without_saying_where(name: str) -> None:
     network = recapture.network(bones)
     assert network.id == capture_network(live, name="noisy", input_shape=(3, 8, 8), num_classes=4).id
     assert network.forward_macs == 64 * (3 * 9 * 8 + 8 * 7) + 7 * 4
+
+
+class _Skipping(_Noisy):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(self.second(x if self.training and torch.rand(1) < 0.5 else self.norm(x)).mean((2, 3)))
+
+
+def test_that_random_numbers_decide_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
+    """`ptsim plan` traces a network for its shapes, and captures it."""
+    Recapture(skeleton(_Skipping(torch.clone)), name="skipping", input_shape=(3, 8, 8), num_classes=4)
+    assert ["of the 2 ways" in str(warning.message) for warning in recwarn] == [True]
 
 
 def test_noise_of_a_size_is_the_same_as_the_code_draws() -> None:

@@ -53,9 +53,12 @@ class Net(nn.Module):
 class Moved(TorchDispatchMode):
     """Adds up what kernels read and write; numbers in tensors, and views, are nothing."""
 
-    _NOT_READ = ("empty", "new_", "zeros", "ones", "full", "exponential_")
+    _NOT_READ = ("empty", "new_", "zeros", "ones", "full", "exponential_", "fill_", "zero_")
     _COPIES = ("slice_backward", "select_backward", "diagonal_backward")  # zeros, into which the gradient is copied
     _PLACES = ("scatter", "scatter_")  # write into zeros that are there, and, but for this class, in their own memory
+    _ADDING = ("index_add", "index_add_", "_index_put_impl_", "scatter_add", "scatter_add_")  # read what is there, too
+    _GATHERS = ("index", "index_select", "gather")  # read the elements that they write
+    _SPREADS = ("reflection_pad2d_backward", "replication_pad2d_backward")  # add to zeros that they write first
     _SHAPES = ("max_pool2d_with_indices_backward", "avg_pool2d_backward")  # take the input for its shape alone
 
     def __init__(self, left_out: tuple[str, ...] = ()) -> None:
@@ -77,6 +80,25 @@ class Moved(TorchDispatchMode):
             read = [given[0], *given[2:]]
         if name in self._PLACES:
             read, made = given[1:], given[2:]
+        extra = 0  # kernels
+        match name:
+            case "constant_pad_nd" if max(args[1]) > 0:  # all of it is filled, and what is given copied into it
+                read, made, extra = given, [*made, *given], 1
+            case "constant_pad_nd":  # what is left over is copied
+                read = made
+            case "index_put" if args[3:] == (True,):  # but for this class, in the memory of zeros that are there
+                read, made = [*given[1:], _like(given[-1])], given[-1:]
+            case "index_put":  # out of place: a copy, into which the values are written
+                read, made, extra = given, [*made, given[-1]], 1
+            case "index_put_":
+                read, made = given[1:], given[-1:]
+            case _ if name in self._ADDING:
+                read, made = [*given[1:], _like(given[-1])], given[-1:]
+            case _ if name in self._GATHERS:
+                read = [*made, *given[1:]]
+            case _ if name in self._SPREADS:
+                read, made, extra = [given[0], _like(given[0])], [*made, given[0]], 1
+        self.kernels += extra
         self.num_bytes += sum({id(t): _bytes(t) for t in read}.values())
         self.num_bytes += sum(_bytes(t) for t in made)
         self.kernels += 1
@@ -84,6 +106,11 @@ class Moved(TorchDispatchMode):
             self.num_bytes += _bytes(given[0])
             self.kernels += 1
         return out
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """What is there already at the places to which a tensor is added."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -98,6 +125,7 @@ class Case:
     shapes: tuple[tuple[int, ...], ...] = (FULL,)
     own: tuple[Any, ...] = ()
     more: int = 0  # bytes that ptsim counts more, with the reason beside it
+    positions: tuple[int, int] = (0, 0)  # bytes of indices, forward and backward, that ptsim does not count
 
 
 def _gated(first: Tensor, second: Tensor) -> Tensor:
@@ -203,6 +231,13 @@ CASES: dict[str, Case] = {
     "parts without a size": Case(lambda x: _gated(*x.exp().tensor_split(2, 1))),
     "parts up to places": Case(lambda x: _gated(*torch.tensor_split(x.exp(), (2,), dim=1))),
     "parts of a loop": Case(lambda x: torch.cat([y.exp() for y in x.exp().tensor_split(3, 1)], 1)),
+    "parts joined as they are": Case(lambda x: torch.cat(x.exp().tensor_split(2, 1), 1)),
+    "parts up to places stacked as they are": Case(lambda x: torch.stack(x.exp().tensor_split((2,), dim=1), 1)),
+    "one half": Case(lambda x: x.exp().chunk(2, 1)[0].exp()),
+    "the larger part": Case(lambda x: x.split([1, 3], 1)[1].exp()),
+    "a gate beside what nobody reads": Case(lambda x: (lambda p: _gated(p[0], p[2]))(x.exp().split([1, 2, 1], 1))),
+    # Zeros are one number, which is expanded.
+    "three of four channels": Case(lambda x: (lambda p: p[0] * p[1] * p[3])(x.exp().unbind(1)), more=-8),
     "halves of the rows": Case(lambda x: _gated(*torch.hsplit(x.exp(), 2))),
     "halves of the columns": Case(lambda x: _gated(*x.exp().dsplit(2))),
     "one part of three": Case(lambda x: x.tensor_split(3, 1)[1].exp()),
@@ -222,6 +257,116 @@ CASES: dict[str, Case] = {
     "part by narrow": Case(lambda x: x.narrow(1, 0, 2).exp()),
     "another shape": Case(lambda x: x[:, :, None].flatten(1, 2).transpose(1, 2).exp()),
 }  # fmt: skip
+INDEX = torch.tensor([2, 0, 1])
+PAIR = (2, SIDE, SIDE)
+
+
+def _with_pair(x: Tensor, pair: Tensor | float, base: Callable[[Tensor], Tensor] = lambda x: x * 3) -> Tensor:
+    out = base(x)
+    out[:, :2] = pair
+    return out
+
+
+def _with_pair_copied(x: Tensor, pair: Tensor) -> Tensor:
+    out = x * 3
+    out[:, :2].copy_(pair)
+    return out
+
+
+def _with_pair_zeroed(x: Tensor) -> Tensor:
+    out = x * 3
+    out[:, :2].zero_()
+    return out
+
+
+def _with_a_sum(x: Tensor, pair: Tensor) -> Tensor:
+    out = x * 3
+    out[:, :2] += pair
+    return out
+
+
+def _with_a_sum_made_before(x: Tensor, pair: Tensor) -> Tensor:
+    out = x * 3
+    pair = pair * 2
+    pair += 1
+    out[:, :2] = pair
+    return out
+
+
+def _with_places(x: Tensor, pair: Tensor) -> Tensor:
+    out = x * 3
+    out[:, INDEX[:2]] = pair
+    return out
+
+
+def _with_a_channel(x: Tensor, pair: Tensor) -> Tensor:
+    out = x * 3
+    out[:, 1] = pair[:, 0]
+    return out
+
+
+def _with_all(x: Tensor, y: Tensor) -> Tensor:
+    out = x * 3
+    out[:] = y
+    return out
+
+
+def _shifted(x: Tensor) -> Tensor:
+    """Temporal Shift, of rows instead of frames."""
+    x = x.exp()
+    out = torch.zeros_like(x)
+    out[:, :1, :-1] = x[:, :1, 1:]
+    out[:, 1:2, 1:] = x[:, 1:2, :-1]
+    out[:, 2:] = x[:, 2:]
+    return out
+
+
+# What moves elements, of which forward is looked at, too.
+MOVING: dict[str, Case] = {
+    "part written": Case(_with_pair, (FULL, PAIR)),
+    "part written into zeros": Case(lambda x, y: _with_pair(x, y, torch.zeros_like), (FULL, PAIR)),
+    "part written with a number": Case(lambda x: _with_pair(x, 0.0)),
+    "part copied": Case(_with_pair_copied, (FULL, PAIR)),
+    "part zeroed": Case(_with_pair_zeroed),
+    "part added to": Case(_with_a_sum, (FULL, PAIR)),
+    "a sum written": Case(_with_a_sum_made_before, (FULL, PAIR)),
+    "places written": Case(_with_places, (FULL, PAIR), positions=(16, 32)),
+    "channel written": Case(_with_a_channel, (FULL, PAIR)),
+    "all written": Case(_with_all, (FULL, FULL)),
+    "temporal shift": Case(_shifted),
+    "clone": Case(torch.clone),
+    "clone changed": Case(lambda x: x.clone().exp()),
+    "index_select": Case(lambda x: x.index_select(1, INDEX), positions=(24, 24)),
+    "places": Case(lambda x: x[:, INDEX], positions=(24, 24)),
+    "places of a list": Case(lambda x: x[:, [3, 1, 2, 0]], positions=(32, 32)),
+    "zeros around": Case(lambda x: F.pad(x, (1, 1, 2, 0))),
+    "less around": Case(lambda x: F.pad(x, (-1, -1, -1, 0))),
+    "mirrored around": Case(lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect")),
+    "repeated around": Case(lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate")),
+    "repeated": Case(lambda x: x.repeat(1, 2, 1, 1)),
+    "tiled": Case(lambda x: x.tile(1, 2, 1, 1)),
+    "each repeated": Case(lambda x: x.repeat_interleave(2, 1)),
+    "joined with itself": Case(lambda x: torch.cat([x, x], 1)),
+    "stacked with itself": Case(lambda x: torch.stack((x, x), 1)),
+    "zeros like it": Case(lambda x: torch.zeros_like(x) + x),
+    "new zeros": Case(lambda x: x.new_zeros(x.shape) + x),
+    "rolled": Case(lambda x: x.roll(1, 2)),
+    "flipped": Case(lambda x: x.flip(2)),
+    "channels shuffled": Case(
+        lambda x: x.view(x.shape[0], 2, 2, SIDE, SIDE).transpose(1, 2).contiguous().view(x.shape[0], *FULL)
+    ),
+    "where larger": Case(lambda x: x * (x > 0)),
+    "where between": Case(lambda x: x * ((x > 0) & (x < 1))),
+    "where larger, as numbers": Case(lambda x: x * (x > 0).float()),
+    "where not larger, of a gate": Case(lambda x, y: torch.where(~(y > 0), x, 0.0), (FULL, GATE)),
+    "twice": Case(lambda x: x + x),
+    "sum with a multiple": Case(lambda x, y: torch.add(x, y, alpha=2), (FULL, FULL)),
+    "sum with a multiple of a gate": Case(lambda x, y: x.add(y, alpha=0.5), (FULL, GATE)),
+    "difference to a multiple": Case(lambda x, y: torch.sub(x, y, alpha=2), (FULL, FULL)),
+    "sum with a product": Case(torch.addcmul, (FULL, FULL, FULL)),
+    "sum with a product with a gate": Case(torch.addcmul, (FULL, FULL, GATE)),
+    "sum with a quotient": Case(torch.addcdiv, (FULL, FULL, FULL)),
+}
 # In place, of what a convolution made: torch copies the operand first where its gradient needs what was there.
 IN_PLACE: dict[str, Case] = {
     "relu": Case(F.relu_),
@@ -303,6 +448,19 @@ def test_gradients_read_and_write_what_torchs_operators_do(name: str) -> None:
     model, network = described(case)
     num_bytes, launches = moved_by_torch(model, case)
     assert moved_by_ptsim(network, forward=False) == (num_bytes + case.more, launches)
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_what_moves_elements_reads_and_writes_what_torchs_operators_do(name: str) -> None:
+    case = MOVING[name]
+    model, network = described(case)
+    operands = [torch.rand(BATCH, *shape) for shape in case.shapes]
+    with Moved() as moved:
+        case.function(*operands)
+    ours = moved_by_ptsim(network, forward=True)
+    assert ours == (moved.num_bytes - case.positions[0], moved.kernels)
+    num_bytes, launches = moved_by_torch(model, case)
+    assert moved_by_ptsim(network, forward=False) == (num_bytes - case.positions[1], launches)
 
 
 SEVERAL: dict[str, Case] = {

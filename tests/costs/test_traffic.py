@@ -205,7 +205,8 @@ CASTS = ("type", "to", "float", "half", "bfloat16", "double", "type_as")
         (LayerKind.POOL, "avg_pool2d", 4 * (ELEMENTS + LESS), 4 * (ELEMENTS + LESS)),
         (LayerKind.POOL, "max_pool2d", 4 * (ELEMENTS + LESS) + 8 * LESS, 4 * (ELEMENTS + LESS) + 8 * LESS),
         (LayerKind.DROPOUT, "dropout", 4 * (ELEMENTS + LESS) + LESS, 4 * (ELEMENTS + LESS) + LESS),
-        (LayerKind.RESHAPE, "pad", 4 * 2 * LESS, 4 * 2 * LESS),
+        (LayerKind.RESHAPE, "roll", 4 * 2 * LESS, 4 * 2 * LESS),
+        (LayerKind.RESHAPE, "pad", 4 * 2 * LESS, 4 * (ELEMENTS + 2 * LESS)),  # by less: zeros, and dy in, dx out
         (LayerKind.CONCAT, "cat", 4 * 2 * LESS, 0),
         (LayerKind.NORM, "group_norm", 4 * 2 * LESS, 4 * 4 * LESS),
         (LayerKind.NORM, "instance_norm", 4 * 3 * LESS, 4 * 5 * LESS),  # torch runs a batch norm

@@ -57,6 +57,37 @@ def test_the_width_of_a_result(kind: LayerKind, op: str, sources: str, on_gpu: i
     assert widths(only, sources, gpu=True, precision=Precision.TF32).output["x"] == 4
 
 
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_a_comparison_gives_a_byte_an_element_and_so_does_what_moves_it(precision: Precision) -> None:
+    larger = layer(LayerKind.OTHER, "gt", name="larger", input_needs_gradient=False)
+    spread = layer(LayerKind.RESHAPE, "expand", name="spread", view=True)
+    both = layer(LayerKind.OTHER, "and", name="both", inputs=2)
+    numbers = layer(LayerKind.ELEMENTWISE, "float", name="numbers")
+    product = layer(LayerKind.ELEMENTWISE, "mul", name="product", inputs=2)
+    half = layer(LayerKind.CONV, "conv2d", name="half")
+    edges = [("half", "larger"), ("larger", "spread"), ("larger", "both"), ("spread", "both"), ("both", "numbers")]
+    edges += [("half", "product"), ("both", "product")]
+    network = Network(
+        name="n", input_shape=SHAPE, num_classes=2, layers=(half, larger, spread, both, numbers, product),
+        edges=tuple(edges), parameters=(),
+    )  # fmt: skip
+    found = Widths(network, precision, gpu=True).output
+    width = precision.activation_bytes
+    assert found == {"half": width, "larger": 1, "spread": 1, "both": 1, "numbers": 4, "product": width}
+
+
+@pytest.mark.parametrize("op", ["zeros_like", "new_zeros"])
+def test_zeros_like_what_was_made_before_are_as_wide_and_stay_so_when_written(op: str) -> None:
+    half = layer(LayerKind.CONV, "conv2d", name="half")
+    zeros = layer(LayerKind.RESHAPE, op, name="zeros", inputs=0, input_needs_gradient=False)
+    written = layer(LayerKind.RESHAPE, "setitem", name="written", inputs=2, inplace=True)
+    network = Network(
+        name="n", input_shape=SHAPE, num_classes=2, layers=(half, zeros, written),
+        edges=(("zeros", "written"), ("half", "written")), parameters=(),
+    )  # fmt: skip
+    assert Widths(network, Precision.FP16, gpu=True).output == {"half": 2, "zeros": 2, "written": 2}
+
+
 def test_a_parameter_among_the_operands_makes_the_result_fp32() -> None:
     for kind, expected in ((LayerKind.ELEMENTWISE, 4), (LayerKind.CONCAT, 4), (LayerKind.ACTIVATION, 2)):
         assert widths(layer(kind, "o", num_parameters=3), "h", gpu=True).output["x"] == expected

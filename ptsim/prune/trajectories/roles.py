@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ptsim.network import LayerKind, Network
-from ptsim.operators import SUMS
+from ptsim.operators import SCALED_SUMS, SUMS
 
 ROLES = ("stem", "stream", "branch", "plain")
 _WEIGHTED = (LayerKind.CONV, LayerKind.LINEAR)
@@ -49,4 +49,4 @@ def roles(network: Network) -> dict[str, tuple[str, float]]:
 
 
 def _is_sum(kind: LayerKind, op: str, inputs: tuple[tuple[int, ...], ...]) -> bool:
-    return kind is LayerKind.ELEMENTWISE and op in SUMS and len(inputs) > 1
+    return kind is LayerKind.ELEMENTWISE and op in SUMS | SCALED_SUMS and len(inputs) > 1
