@@ -18,7 +18,7 @@ from ptsim.cli.options import Json, NetworkOptions, Out
 from ptsim.cli.reading import check_output
 from ptsim.errors import UsageError
 from ptsim.hardware.profile_file import write_device_profile
-from ptsim.measure.kineto import UNKNOWN, KinetoImport, import_kineto
+from ptsim.measure.kineto import KinetoImport, import_kineto
 from ptsim.network import MemoryFormat, Network
 from ptsim.setting import PrecisionName, parse_precision, positive_number
 from ptsim.textfile import check_writable
@@ -71,16 +71,9 @@ def kineto(
         memory_bytes=None if memory is None else _bytes(memory),
         precision=None if precision is None else parse_precision(precision),
         memory_format=memory_format,
-        architecture=UNKNOWN if trained is None else trained.id,
+        network=trained,
         name=model,
     )
-    step = found.profile.steps[0]
-    if trained is not None and step.num_parameters and step.num_parameters != trained.num_learnt:
-        raise UsageError(
-            f"{model} has {trained.num_learnt:,} parameters that get a gradient, the profiled step has "
-            f"{step.num_parameters:,}",
-            hint="--input and --classes must be those of the profiled network",
-        )
     write_device_profile(out, found.profile)
     if json:
         print_json({key: getattr(found, key) for key in KinetoImport.__struct_fields__ if key != "profile"})

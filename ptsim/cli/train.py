@@ -99,6 +99,7 @@ def train(
         given["loggers"] = [name.strip() for name in log.split(",")]
     changed = read_settings(settings, given)
     from ptsim.training.config import read_config
+    from ptsim.training.joining import place
     from ptsim.training.loop import train as run_training
 
     if resume is not None:
@@ -108,6 +109,8 @@ def train(
     else:
         base = read_config(config) if config is not None else {}
         result = _run(lambda: run_training(base | changed, out=out, progress=True))
+    if place().rank:  # the first rank prints for all
+        return
     if json:
         print_json(
             {

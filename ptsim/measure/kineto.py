@@ -36,19 +36,21 @@ from ptsim.hardware.profile import (
     OperatorShape,
     OperatorTime,
     StepMeasurement,
+    operator_of,
 )
 from ptsim.hardware.profile_merge import mean_time
 from ptsim.hardware.spec import Device
 from ptsim.measure import kineto_operators as operators
 from ptsim.measure.kineto_events import Recording, read_recording
 from ptsim.measure.kineto_steps import UPDATE_MARK, Call, Step, read_steps
-from ptsim.network import LayerKind, MemoryFormat, Precision
+from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.operators import KIND_OF_OP
-from ptsim.units import GIB, time_stamp
+from ptsim.units import GIB, counted, time_stamp
 
 T = TypeVar("T")
 UNKNOWN = "unknown"  # architecture of a step whose network nobody named
 _TF32 = re.compile(r"tf32|tensorop_s\d|_s1688|s1688gemm")  # kernels of cuDNN, cuBLAS and CUTLASS
+_OF_NETWORK = "--input and --classes must be those of the profiled network"
 _ON_GPU = tuple(f"aten::{library}_{op}" for library in ("cudnn", "miopen") for op in ("convolution", "batch_norm"))
 _LAUNCHES = re.compile(r"(?:cuda|hip|cu)\w*Launch|runFunction")  # calls of CUDA, ROCm and MTIA
 _NEGLIGIBLE = 0.01  # of what all operators take
@@ -174,7 +176,7 @@ def import_kineto(
     memory_bytes: int | None = None,
     precision: Precision | None = None,
     memory_format: MemoryFormat | None = None,
-    architecture: str = UNKNOWN,
+    network: Network | None = None,
     name: str | None = None,
 ) -> KinetoImport:
     """Read profiled training steps: one file, or one of each rank of the same job.
@@ -186,13 +188,13 @@ def import_kineto(
         memory_bytes: of that device; None is what the file or the catalog says.
         precision: of the products, where the file does not say.
         memory_format: of the activations, likewise.
-        architecture: id of the profiled network, so that its steps are looked up whole.
+        network: the profiled one, so that its steps are looked up whole.
         name: of the network; the first file's name if None.
 
     Raises:
         FileFormatError: a file is not what torch.profiler writes, or holds no training step.
-        UsageError: no file, files of different devices, networks or jobs, another device than the file names, nothing
-            names the device or its memory, or a GPU without its kernels.
+        UsageError: no file, files of different devices, networks or jobs, another device or network than the file's,
+            nothing names the device or its memory, or a GPU without its kernels.
     """
     if isinstance(device, str):
         with contextlib.suppress(UnknownNameError):
@@ -203,16 +205,24 @@ def import_kineto(
     setting = _setting(calls, recordings[0].on_gpu, precision, memory_format, notes)
     named, driver_name, size = _device(recordings, device, memory_bytes, notes)
     times, rows = _operators(calls, setting, len(everything), notes)
-    batch = _most([time.operator.batch for time in times])
+    recorded = [time.operator for time in times]
+    named_network = name or recordings[0].path.stem
+    batch = _batch(recorded, network, named_network)
     optimizer = _optimizer(recordings, everything, notes)
     passes = _passes(everything, notes)
     ranks = tuple(map(_rank_times, recordings, steps))
     mean = _mean_times(ranks)
     world_size = _world_size(recordings, mean, notes)
     measured = msgspec.structs.replace(
-        _measurement(everything, setting, batch, optimizer, architecture, name or recordings[0].path.stem),
+        _measurement(everything, setting, batch, optimizer, UNKNOWN if network is None else network.id, named_network),
         data_parallel=(world_size or 1) > 1 or mean.communication_seconds > 0,
     )
+    if network is not None and measured.num_parameters not in (0, network.num_learnt):
+        raise UsageError(
+            f"{named_network} has {network.num_learnt:,} parameters that get a gradient, the profiled step has "
+            f"{measured.num_parameters:,}",
+            hint=_OF_NETWORK,
+        )
     return KinetoImport(
         device=named,
         batch=batch,
@@ -235,6 +245,46 @@ def import_kineto(
         notes=tuple(notes),
         profile=_profile(recordings, driver_name, size, times, measured),
     )
+
+
+def _batch(recorded: Sequence[Operator], network: Network | None, name: str) -> int | None:
+    """Images of a mini-batch: the batch of most operators, or what makes the network's convolutions the recorded ones.
+
+    A network may fold more into the mini-batch of its convolutions, such as the frames of a clip.
+
+    Raises:
+        UsageError: most of the network's convolutions were not recorded.
+    """
+    batch = _most([operator.batch for operator in recorded])
+    seen: dict[tuple[object, ...], set[int]] = defaultdict(set)
+    for operator in recorded:
+        if operator.kind is LayerKind.CONV:
+            seen[_convolution(operator)].add(operator.batch)
+    layers = [] if network is None else [layer for layer in network.layers if layer.kind is LayerKind.CONV]
+    if not layers or not seen:
+        return batch
+    found: Counter[int] = Counter()
+    missing = []
+    for layer in layers:
+        wanted = operator_of(layer, batch=1, setting=recorded[0].setting)
+        sizes = [size // wanted.batch for size in seen[_convolution(wanted)] if size % wanted.batch == 0]
+        found.update(sizes)
+        if not sizes:
+            missing.append(layer)
+    if 2 * len(missing) > len(layers):
+        first = missing[0]
+        shapes = " to ".join("×".join(map(str, shape)) for shape in (first.input_shapes[0], first.output_shape))
+        raise UsageError(
+            f"{len(missing)} of the {counted(len(layers), 'convolution')} of {name} were not recorded, such as "
+            f"{first.name} from {shapes}",
+            hint=_OF_NETWORK,
+        )
+    return batch if batch in found else found.most_common(1)[0][0]
+
+
+def _convolution(operator: Operator) -> tuple[object, ...]:
+    """What tells it from convolutions of other networks, or of the same one with other images."""
+    return operator.inputs, operator.output, operator.kernel, operator.groups
 
 
 def _profile(

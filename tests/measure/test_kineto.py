@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,7 @@ def test_the_profiled_network_itself_is_predicted_to_take_what_it_took(
     recorded: tuple[Path, nn.Module, Network], tmp_path: Path
 ) -> None:
     path, _, network = recorded
-    found = import_kineto([path], device="a processor", memory_bytes=2**34, architecture=network.id)
+    found = import_kineto([path], device="a processor", memory_bytes=2**34, network=network)
     write_device_profile(tmp_path / "p.toml", found.profile)
     predicted = predict(network, profile=tmp_path / "p.toml", batch=6)
     assert predicted.step_seconds == pytest.approx(found.profile.steps[0].step_s, rel=1e-5)  # six digits in the file
@@ -241,20 +242,26 @@ from torch import nn
 
 
 class Net(nn.Module):
-    def __init__(self, kernel):
+    def __init__(self, bias=False, frames=1):
         super().__init__()
-        self.conv, self.idle = nn.Conv2d(8, 32, kernel, stride=2, padding=1, bias=False), nn.Linear(3, 3)
+        self.conv, self.idle = nn.Conv2d(8, 32, 3, stride=2, padding=1, bias=bias), nn.Linear(3, 3)
+        self.frames = frames
 
     def forward(self, x):
-        return self.conv(x).mean((2, 3))
+        n, c, h, w = x.shape
+        return self.conv(x.reshape(n * self.frames, c // self.frames, h, w)).mean((2, 3))
 
 
 def profiled():
-    return Net(3)
+    return Net()
 
 
 def other():
-    return Net(5)
+    return Net(bias=True)
+
+
+def clips():
+    return Net(frames=2)
 """
 
 
@@ -267,8 +274,29 @@ def test_a_network_is_the_profiled_one_if_as_many_parameters_get_a_gradient(
     files = [str(write(tmp_path / "rank0.json", gpu_trace())), "-o", str(tmp_path / "out.toml")]
     model = ["--model", f"{tmp_path / 'idle.py'}:{network}", "--input", "8,16,16", "--classes", "32"]
     assert run(["import", "kineto", *files, *model]) == status
-    said = "6,400 parameters that get a gradient, the profiled step has 2,304"
+    said = "2,336 parameters that get a gradient, the profiled step has 2,304"
     assert (said in capsys.readouterr().err) == (status == 2)
+
+
+@pytest.mark.parametrize(("network", "shape", "batch"), [("profiled", "8,16,16", 4), ("clips", "16,16,16", 2)])
+def test_what_a_network_folds_into_its_mini_batch_is_no_image(
+    tmp_path: Path, network: str, shape: str, batch: int
+) -> None:
+    """Four images were recorded, or two clips of two."""
+    (tmp_path / "idle.py").write_text(_IDLE, encoding="utf-8")
+    files = [str(write(tmp_path / "rank0.json", gpu_trace())), "-o", str(tmp_path / "out.toml")]
+    assert run(["import", "kineto", *files, "--model", f"{tmp_path / 'idle.py'}:{network}", "--input", shape]) == 0
+    assert read_device_profile(tmp_path / "out.toml").steps[0].batch == batch
+
+
+def test_a_network_of_other_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has as many parameters."""
+    (tmp_path / "idle.py").write_text(_IDLE, encoding="utf-8")
+    files = [str(write(tmp_path / "rank0.json", gpu_trace())), "-o", str(tmp_path / "out.toml")]
+    assert run(["import", "kineto", *files, "--model", f"{tmp_path / 'idle.py'}:profiled", "--input", "8,32,32"]) == 2
+    said = "1 of the 1 convolution of .*:profiled were not recorded, such as conv from 8×32×32 to 32×16×16"
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "out.toml").exists()
 
 
 def test_reading_needs_no_torch() -> None:

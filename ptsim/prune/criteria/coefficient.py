@@ -28,7 +28,9 @@ def penalty_coefficient(cross_entropy: float, penalty: float, ratio: float) -> f
     if not 0 <= cross_entropy < float("inf"):
         raise UsageError(
             f"the run's first loss is {cross_entropy}, from which λ follows; it has to be finite and not negative",
-            hint="a loss that may be negative: set pruner.penalty_coefficient before the first step",
+            hint="a loss that may be negative: set pruner.penalty_coefficient before the first step"
+            if cross_entropy < 0
+            else "the images, the weights or what the network computes hold a number that is not finite",
         )
     if ratio == 0:
         return 0.0
