@@ -125,12 +125,13 @@ def interval(rows: pd.DataFrame, situation: str) -> Interval:
     return Interval(base=BASE, low=low, high=high)
 
 
-def intervals(rows: pd.DataFrame, many: ManyGpus) -> Intervals:
-    """What ptsim ships."""
+def intervals(rows: pd.DataFrame, known: ManyGpus, new: ManyGpus) -> Intervals:
+    """What ptsim ships; of many GPUs with one of the fit, and with another."""
     return Intervals(
         known_device=interval(rows[rows.device_known], "known_device"),
         new_device=interval(rows[~rows.device_known], "new_device"),
-        many_gpus=many,
+        known_device_many_gpus=known,
+        new_device_many_gpus=new,
     )
 
 
@@ -219,7 +220,9 @@ def made(rows: pd.DataFrame, many: pd.DataFrame, later: pd.DataFrame) -> dict[st
         "by-gpu": _markdown(by_device(rows)),
         "by-network": _markdown(by_network(rows)),
         "many-gpus": _markdown(many_gpus.summary(many)),
-        "correlation": f"ρ is {many_gpus.alike(many):.2f}.",
+        "correlation": "ρ is {:.2f} for GPUs of the fit and {:.2f} for others.".format(
+            *(many_gpus.alike(many_gpus.telling(many, known=known)) for known in (True, False))
+        ),
         "by-source": _markdown(many_gpus.by_source(many)),
         "young": _markdown(many_gpus.young()),
         "networks": _markdown(many_gpus.networks_added()),
@@ -250,9 +253,9 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     training, layers = evidence(), layer_cases()
     rows = leave_out(training, layers)
-    ship(intervals(rows, load_intervals().many_gpus))
+    ship(intervals(rows, *(load_intervals().of_many_gpus(known=known) for known in (True, False))))
     many = many_gpus.leave_out(training, layers)  # in units of what has just been shipped
-    ship(intervals(rows, many_gpus.interval(many)))
+    ship(intervals(rows, *(many_gpus.interval(many_gpus.telling(many, known=known)) for known in (True, False))))
     for table in (summary(rows), many_gpus.summary(many), by_device(rows), by_network(rows)):
         print(table.to_string(index=False))
     parts = made(rows, many, many_gpus.later())

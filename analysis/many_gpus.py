@@ -30,7 +30,7 @@ from public_rows import (
 from residuals import chip_name, correlation, ends
 
 from ptsim.answers.predict import predict
-from ptsim.costs.datasheet import ManyGpus, datasheet_step, load_intervals
+from ptsim.costs.datasheet import Fit, ManyGpus, datasheet_step, device_factor, load_fit, load_intervals
 from ptsim.costs.scaling import Scaling, load_scaling
 from ptsim.costs.software import is_young
 from ptsim.hardware.catalog import load_device
@@ -58,13 +58,13 @@ def leave_out(training: list[Case], layers: list[Case]) -> pd.DataFrame:
             known = sorted({case.device for case, keep in zip(training, kept & tells, strict=True) if keep})
             own = (keys == group).to_numpy()
             scaling = fit_scaling([*(case for case, out in zip(shipped, own, strict=True) if not out), *besides])
-            mine = cases(fitted.shipped(known), table[own])
-            found += [_line(way, group, case, scaling) for case in mine]
+            fit = fitted.shipped(known)
+            found += [_line(way, group, case, scaling, fit) for case in cases(fit, table[own])]
     rows = pd.DataFrame(found)
     return rows.assign(inside=covered(rows))
 
 
-def _line(way: str, group: str, case: ManyCase, scaling: Scaling) -> dict[str, object]:
+def _line(way: str, group: str, case: ManyCase, scaling: Scaling, fit: Fit) -> dict[str, object]:
     expected_s = case.predict(scaling, as_alone=False)
     known = case.alone_s is not None
     return {
@@ -72,6 +72,7 @@ def _line(way: str, group: str, case: ManyCase, scaling: Scaling) -> dict[str, o
         "group": group,
         "device": case.device,
         "source": case.source,
+        "device_known": device_factor(load_device(case.device), fit) is not None,
         "num_gpus": case.num_gpus,
         "stepwise": case.stepwise,
         "log_ratio": float(np.log(case.seconds / expected_s)),
@@ -84,12 +85,14 @@ def _line(way: str, group: str, case: ManyCase, scaling: Scaling) -> dict[str, o
     }
 
 
-def interval(rows: pd.DataFrame) -> ManyGpus:
-    """The 90 % prediction interval of one more GPU's steps on many, in units of the step's interval on one.
+def telling(rows: pd.DataFrame, *, known: bool) -> pd.DataFrame:
+    """The rows whose residuals tell of a GPU that is in the fit (their source was left out), or is not."""
+    return rows[(rows.way == "source") & rows.device_known] if known else rows[rows.way == "GPU"]
 
-    A row is there once for each way of leaving it out, and counts once.
-    """
-    low, high = ends(_scaled(rows), _groups(rows), alike=alike(rows), times=rows.way.nunique())
+
+def interval(rows: pd.DataFrame) -> ManyGpus:
+    """The 90 % prediction interval of one more source's, or GPU's, steps on many, in units of the step's on one."""
+    low, high = ends(_scaled(rows), _groups(rows), alike=alike(rows))
     return ManyGpus(low=low, high=high)
 
 
@@ -102,8 +105,8 @@ def covered(rows: pd.DataFrame) -> pd.Series:
     """Whether the interval of the others' residuals holds each row: of other chips, or of other sources."""
     scaled, chips = _scaled(rows), rows.device.map(chip_name)
     inside = pd.Series(index=rows.index, dtype=bool)
-    for (way, group), own in rows.groupby(["way", "group"]):
-        others = rows[(chips if way == "GPU" else rows.source) != group]
+    for (way, group, known), own in rows.groupby(["way", "group", "device_known"]):
+        others = telling(rows[(chips if way == "GPU" else rows.source) != group], known=bool(known))
         inside[own.index] = _holds(interval(others), scaled[own.index])
     return inside
 
@@ -124,8 +127,9 @@ def _holds(made: ManyGpus, scaled: pd.Series) -> pd.Series:
 def later() -> pd.DataFrame:
     """Rows that no fit has seen, as what ptsim ships predicts them."""
     table = many_table("training_unseen")
-    found = pd.DataFrame([_line("later", case.source, case, load_scaling()) for case in cases(table=table)])
-    inside = _holds(load_intervals().many_gpus, _scaled(found))
+    found = pd.DataFrame([_line("later", case.source, case, load_scaling(), load_fit()) for case in cases(table=table)])
+    assert found.device_known.all(), "the interval is that of GPUs of the fit"
+    inside = _holds(load_intervals().of_many_gpus(known=True), _scaled(found))
     return found.assign(model=table.model, precision=table.precision, inside=inside)
 
 

@@ -21,21 +21,20 @@ from scipy.stats import t as student
 from ptsim.hardware.catalog import load_device
 
 
-def ends(scaled: pd.Series, groups: pd.Series, *, alike: float = 1.0, times: int = 1) -> tuple[float, float]:
+def ends(scaled: pd.Series, groups: pd.Series, *, alike: float = 1.0) -> tuple[float, float]:
     """The ends of the 90 % interval of one more row of a group that is not among these, which reaches 0 at least.
 
     Args:
         scaled: residuals, one a row, in units of what the interval is to be in.
         groups: what each row is of.
         alike: the intraclass correlation of rows of one group, 0..1.
-        times: how often every row is there, in groups of their own.
     """
     sizes = groups.map(groups.value_counts())
     order = np.argsort(scaled.to_numpy())
     weight = (1 / (1 + (sizes - 1) * alike)).to_numpy()[order]
     centers = (weight.cumsum() - weight / 2) / weight.sum()
     low, middle, high = np.interp([0.1, 0.5, 0.9], centers, scaled.to_numpy()[order])
-    count = float(weight.sum()) / times
+    count = float(weight.sum())
     reach = student.ppf(0.95, count - 1) / normal.ppf(0.9) * math.sqrt(1 + 1 / count)
     return min(rounded(middle - reach * (middle - low)), 0.0), max(rounded(middle + reach * (high - middle)), 0.0)
 

@@ -153,12 +153,17 @@ class ManyGpus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Intervals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `residuals.toml` holds: intervals for GPUs of the fit, whose networks were left out, and for other GPUs.
 
-    `many_gpus` turns either into that of a step on more than one GPU.
+    The others turn either into that of a step on more than one GPU.
     """
 
     known_device: Interval
     new_device: Interval
-    many_gpus: ManyGpus
+    known_device_many_gpus: ManyGpus
+    new_device_many_gpus: ManyGpus
+
+    def of_many_gpus(self, *, known: bool) -> ManyGpus:
+        """For a GPU of the fit, or another."""
+        return self.known_device_many_gpus if known else self.new_device_many_gpus
 
 
 class Chip(msgspec.Struct, frozen=True, kw_only=True):

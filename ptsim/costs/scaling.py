@@ -22,7 +22,7 @@ import math
 import msgspec
 
 from ptsim.costs.collectives import nodes_for
-from ptsim.costs.datasheet import load_intervals
+from ptsim.costs.datasheet import device_factor, load_fit, load_intervals
 from ptsim.costs.shipped import shipped
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import StepTime
@@ -107,7 +107,8 @@ def among(step: StepTime, cluster: Cluster, num_gpus: int) -> StepTime:
     step = step.scaled(slower / (1 + load_scaling().slowdown) if step.data_parallel else slower)
     if step.tier != Tier.DATASHEET or min(step.low_s, step.compute_s) <= 0:
         return step
-    many, expected_s = load_intervals().many_gpus, step.compute_s
+    known = cluster.device is not None and device_factor(cluster.device, load_fit()) is not None
+    many, expected_s = load_intervals().of_many_gpus(known=known), step.compute_s
     return msgspec.structs.replace(
         step,
         low_s=expected_s * (step.low_s / expected_s) ** -many.low,

@@ -220,6 +220,7 @@ def test_the_accuracy_page_states_errors_and_coverage(script, monkeypatch):
             "below": 0.1,
             "above": 0.1,
             "inside": [True, False, True, True],
+            "device_known": [False, False, True, True],
             "alone_log_ratio": [0.0, math.nan, 0.2, math.nan],
             "added_log_ratio": [0.1, math.nan, -0.2, math.nan],
             "measured_efficiency": [0.9, 0.8, 0.9, 0.8],
@@ -257,15 +258,16 @@ def test_rows_of_many_gpus_are_asked_of_the_interval_of_other_gpus_and_of_the_ot
             # one GPU misses by ten times as much as all others, and so does a source
             for ratio in (np.array([-0.01, 0.01]) * (10 if device == "t4" else 1) * (30 if source == "y" else 1))
         ]
-    ).assign(below=0.1, above=0.1)
+    ).assign(below=0.1, above=0.1, device_known=lambda made: made.way == "source")
     rows = pd.concat([rows, *[rows[rows.device == "a10"]] * 9], ignore_index=True)
     inside = many_gpus.covered(rows)
     assert not inside[(rows.way == "GPU") & (rows.device == "t4") & (rows.source == "y")].any()
     assert inside[(rows.way == "source") & (rows.source == "x")].all()
     assert not inside[(rows.way == "source") & (rows.source == "y") & (rows.device == "t4")].any()
-    made = many_gpus.interval(rows[(rows.source == "x") & (rows.device != "t4")])
-    # Every GPU has as many at -0.1 as at 0.1: they are not alike, and all of 10 · 2 + 4 · 2 rows count, which are there
-    # for two ways. Student's t of 28 (1.703) over the normal deviate of 90 % (1.282) and sqrt(29 / 28)
+    few = rows[(rows.source == "x") & (rows.device != "t4")]
+    made = many_gpus.interval(many_gpus.telling(few, known=False))
+    # Every GPU has as many at -0.1 as at 0.1: they are not alike, and all of 10 · 2 + 4 · 2 rows count. Student's t of 28
+    # (1.703) over the normal deviate of 90 % (1.282) and sqrt(29 / 28)
     assert made.high - made.low == pytest.approx(2 * 0.1353, rel=0.005)
 
 

@@ -28,7 +28,8 @@ def many_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def rows(**columns: Any) -> pd.DataFrame:
     """Of one V100's tests, whose interval on one GPU is a factor of e either way."""
     usual = {"way": "GPU", "source": "a/b", "device": "v100-sxm2-16gb", "below": 1.0, "above": 1.0}
-    return pd.DataFrame(usual | columns)
+    made = pd.DataFrame(usual | columns)
+    return made.assign(device_known=made.way == "source")
 
 
 def test_boards_of_one_chip_from_one_source_are_a_group(many_gpus: ModuleType) -> None:

@@ -441,7 +441,7 @@ def test_a_step_from_the_data_sheet_is_as_unsure_among_many_gpus_as_was_measured
         ptsim.predict(NETWORK, cluster=node(1e-12), gpus=gpus, batch=64, torch_version="2.8") for gpus in (1, 4)
     )
     assert (one.tier, four.tier) == ("datasheet", "datasheet")
-    many = load_intervals().many_gpus
+    many = load_intervals().of_many_gpus(known=True)
     assert math.log(four.low / four.step_seconds) == pytest.approx(
         -many.low * math.log(one.low / one.step_seconds), rel=1e-6
     )

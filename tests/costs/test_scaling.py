@@ -51,7 +51,11 @@ def test_the_interval_of_a_measured_step_gets_the_spread_of_many_gpus_by_squares
 
 def test_a_step_from_the_data_sheet_has_its_own_interval_among_many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = load_cluster("dgx-a100")
-    made = msgspec.structs.replace(load_intervals(), many_gpus=ManyGpus(low=-0.5, high=2.0))
+    both = {
+        "known_device_many_gpus": ManyGpus(low=-0.5, high=2.0),
+        "new_device_many_gpus": ManyGpus(low=-0.9, high=1.0),
+    }
+    made = msgspec.structs.replace(load_intervals(), **both)
     monkeypatch.setattr(scaling, "load_intervals", lambda: made)
     step = StepTime(
         layers=(), optimizer_s=2.0, regularizer_s=0.0, overhead_s=0.0, low_s=0.5, high_s=2.2, tier=Tier.DATASHEET
@@ -67,6 +71,10 @@ def test_a_step_from_the_data_sheet_has_its_own_interval_among_many_gpus(monkeyp
         empty = msgspec.structs.replace(step, **nothing)
         assert among(empty, cluster, 8) == empty.scaled(slower)
     assert among(step, cluster, 2) == among_many
+    assert cluster.device is not None
+    foreign = msgspec.structs.replace(cluster.device, name="new", num_sms=1)
+    on_new = among(step, msgspec.structs.replace(cluster, device=foreign), 8)
+    assert (on_new.low_s, on_new.high_s) == pytest.approx((slower * 2 * 0.25**0.9, slower * 2.2))
 
 
 def test_a_gpu_among_others_is_slower_in_all_that_it_computes_unless_it_was_recorded_so() -> None:
