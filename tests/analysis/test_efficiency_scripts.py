@@ -266,8 +266,8 @@ def test_rows_of_many_gpus_are_asked_of_the_interval_of_other_gpus_and_of_the_ot
     assert not inside[(rows.way == "source") & (rows.source == "y") & (rows.device == "t4")].any()
     few = rows[(rows.source == "x") & (rows.device != "t4")]
     made = many_gpus.interval(many_gpus.telling(few, known=False))
-    # Every GPU has as many at -0.1 as at 0.1: they are not alike, and all of 10 · 2 + 4 · 2 rows count. Student's t of 28
-    # (1.703) over the normal deviate of 90 % (1.282) and sqrt(29 / 28)
+    # Every GPU has as many at -0.1 as at 0.1: they are not alike, and all of 10 · 2 + 4 · 2 rows count. Student's t of
+    # 28 (1.703) over the normal deviate of 90 % (1.282) and sqrt(29 / 28)
     assert made.high - made.low == pytest.approx(2 * 0.1353, rel=0.005)
 
 
