@@ -212,7 +212,7 @@ def _network(case: Case) -> str:
 
 def made(rows: pd.DataFrame, many: pd.DataFrame, later: pd.DataFrame) -> dict[str, str]:
     """What the page has between its marks, by name: of rows of one GPU, of many, of later ones, and of others."""
-    alone, known = rows[rows.way == "gpu"], later.source.isin(many.source)
+    alone, in_fit = rows[rows.way == "gpu"], later.source.isin(many.source)
     counts = f"{len(alone)} rows, {rows.device.nunique()} GPUs, {rows.model.nunique()} networks."
     return {
         "size": counts,
@@ -228,11 +228,11 @@ def made(rows: pd.DataFrame, many: pd.DataFrame, later: pd.DataFrame) -> dict[st
         "networks": _markdown(many_gpus.networks_added()),
         "later-by-source": _markdown(many_gpus.by_source(later).drop(columns="left out")),
         "later-by-network": _markdown(many_gpus.by_network(later)),
-        "later": f"{many_gpus.overall(later[~known])}.",
+        "later": f"{many_gpus.overall(later[~in_fit])}.",
         "tiles": _markdown(
             group_tiles.medians({"inference": group_tiles.inference(), "training": group_tiles.training()})
         ),
-        "later-of-known": f"{many_gpus.overall(later[known])}.",
+        "later-of-known": f"{many_gpus.overall(later[in_fit])}.",
     }
 
 

@@ -10,6 +10,7 @@ from ptsim.network import Layer, LayerKind
 # What pruning leaves where it removed a layer, and at the end of a residual branch that it removed.
 PLACEHOLDER, BRANCH_CONSTANT = "placeholder", "branch_constant"
 SCALED_SUMS = frozenset({"scaled_add", "scaled_sub"})  # `torch.add(x, y, alpha=2)`: no spelling of theirs is torch's
+IN_PARTS = frozenset({"chunk", "split", "tensor_split", "unbind"})  # give several tensors
 SUMS, DIFFERENCES = frozenset({"add"}), frozenset({"sub", "rsub"})  # by their plain names
 BILINEAR = "bilinear"  # y[o] = Σ x[i]·w[o, i, j]·z[j]: of the linear kind, a weight for each pair of features
 # What channel gating (`prune.gating`) makes of a layer X and of a BatchNorm X, and what it puts beside them.

@@ -35,10 +35,14 @@ from ptsim.capture.standins import NOT_THE_CODE
 from ptsim.capture.tracers import ShapedTracer, Tracer
 from ptsim.capture.words import named_values
 from ptsim.errors import UnsupportedModelError, lacks_memory, on_one_line
-from ptsim.operators import plain_name
+from ptsim.operators import IN_PARTS, plain_name
 from ptsim.units import format_shape
 
 _ASKS = "the code asks what kind of thing a value is"
+_JOINING = ("cat", "stack")
+_WRITING = ("copy_", "fill_", "zero_")
+_NAMES_A_PART = ("getitem", "narrow", "select")
+_LIKE = re.compile(r"new_(empty|zeros|ones|full|empty_strided)|(empty|zeros|ones|full|rand|randn|randint)_like")
 
 
 class Way(enum.Enum):
@@ -294,7 +298,7 @@ def written_by(node: fx.Node) -> fx.Node | None:
 def only_written(node: fx.Node) -> bool:
     """Whether a part of a tensor is named to be written and is never read: `x[:, 1:]` of `x[:, 1:].zero_()`."""
     whole = node.args[0] if node.args else None
-    if _called(node) not in _NAMES_A_PART or not isinstance(whole, fx.Node) or plain_name(_called(whole)) in _IN_PARTS:
+    if _called(node) not in _NAMES_A_PART or not isinstance(whole, fx.Node) or plain_name(_called(whole)) in IN_PARTS:
         return False
     return bool(node.users) and all(
         _called(user) in _WRITING and user.args[0] is node and not user.users for user in node.users
@@ -311,18 +315,9 @@ def shape_written(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[int, ..
     return tuple(target.shape if masked else target.detach()[index].shape)
 
 
-_JOINING = ("cat", "stack")
-_WRITING = ("copy_", "fill_", "zero_")
-_NAMES_A_PART = ("getitem", "narrow", "select")
-_IN_PARTS = ("chunk", "split", "unbind", "tensor_split")  # give several tensors
-
-
 def reads_none(node: fx.Node) -> bool:
     """Whether a node makes a tensor like another one and reads none of its elements: `x.new_empty(4)`, `zeros_like`."""
     return _LIKE.fullmatch(_called(node)) is not None
-
-
-_LIKE = re.compile(r"new_(empty|zeros|ones|full|empty_strided)|(empty|zeros|ones|full|rand|randn|randint)_like")
 
 
 def _called(node: fx.Node) -> str:

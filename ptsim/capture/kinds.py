@@ -39,9 +39,7 @@ _WINDOWS = re.compile(r"(avg|max|lp)_(un)?pool\dd")  # pools that are given the 
 _TURNED = {"sub": "rsub", "div": "rdiv"}  # where a tensor is taken from, or divides, a number or a parameter
 _OF_ITSELF = {"mul": "square", "add": "twofold"}  # where both operands are one tensor
 _SCALED = {"add": "scaled_add", "sub": "scaled_sub"}  # where the second operand is multiplied by a number
-_JOINING = ("cat", "stack", "hstack", "vstack", "dstack")
 _OF_TWO = {"max": "maximum", "min": "minimum"}  # tensors
-
 _PADDED = {"reflect": "reflection", "replicate": "replication", "circular": "circular"}
 
 
@@ -74,7 +72,7 @@ def _as_torch_calls_it(node: fx.Node, step: Step, op: str) -> str:
         return _OF_ITSELF[op]
     if op in _SCALED and len(step.inputs) == 2 and step.keywords.get("alpha", 1) != 1:
         return _SCALED[op]
-    if op in _JOINING and len(step.inputs) == 1 and takes_one_alone(node):
+    if KIND_OF_OP.get(op) is LayerKind.CONCAT and len(step.inputs) == 1 and takes_one_alone(node):
         return "repeat"
     if op in _TURNED and len(step.inputs) == 1 and not _is_handed(node, step, 0):
         return _TURNED[op]

@@ -21,6 +21,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from ptsim.network import Layer, Shape
+from ptsim.operators import IN_PARTS
 
 
 class Gradient(NamedTuple):
@@ -114,7 +115,8 @@ _INPUT_NEEDED = """
 _NEED_INPUT = frozenset(_INPUT_NEEDED.split())
 _NEED_FIRST = frozenset({"mul", "div"})  # … for the gradient of their second operand
 # Backward joins the parts' gradients. So it is taken of `tensor_split` where its parts are used without being named.
-_JOINED = frozenset({"chunk", "split", "split_with_sizes", "unbind", "tensor_split"})
+# Older traces spell `split` with sizes as torch does.
+_JOINED = IN_PARTS | {"split_with_sizes"}
 # Backward writes zeros, and the part's gradient there: of an index once for each axis of which it takes a part.
 _PARTS = frozenset({"getitem", "narrow", "select", "slice", "diagonal"})
 WRITING = frozenset({"setitem", "fill_part", "update_part", "index_put"})  # of a tensor and, last, of a part of it

@@ -518,5 +518,11 @@ def device_factor(device: Device, fit: Fit) -> float | None:
     """The factor of the fit's GPU, or the mean of those with the same chip; None where none has it."""
     if device.name in fit.devices:
         return fit.devices[device.name]
-    same = [name for name in fit.devices if load_device(name).chip == device.chip]
+    same = [name for name in fit.devices if _chip_named(name) == device.chip]
     return math.exp(sum(math.log(fit.devices[name]) for name in same) / len(same)) if same else None
+
+
+@functools.cache
+def _chip_named(name: str) -> str:
+    """The chip of a board of the catalog, whose file is read once."""
+    return load_device(name).chip
